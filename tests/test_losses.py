@@ -1,0 +1,41 @@
+"A step's assignments and loss never make the CPU wait for the GPU; the queue survives checkpoints of other kinds."
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from vicc.losses import swapped_prediction_loss, view_assignments
+from vicc.prototypes import ProjectionQueue, Prototypes, agreement, assignment_entropy, normalise_rows, prototypes_in_use, sinkhorn
+
+def test_no_waiting():
+    "Fake tensors have no values, so reading one (as .item() or an if would) raises. A whole step must get through."
+    with FakeTensorMode():
+        prototypes, queue = Prototypes(7, 4), ProjectionQueue(4, 6, 4)
+        for _ in range(3):
+            prototypes.normalise_()
+            projections = [normalise_rows(torch.randn(3, 4, requires_grad=v < 2)) for v in range(4)]
+            scores = [prototypes(z) for z in projections]
+            assignments = view_assignments(scores, queue, prototypes.weight, check=False)
+            swapped_prediction_loss(scores, assignments).backward()
+            queue.push(torch.stack(projections))
+            assignment_entropy(assignments[0]), prototypes_in_use(assignments[0]), agreement(*assignments[:2])
+        assert queue.full
+        with pytest.raises(DataDependentOutputException): sinkhorn(torch.randn(3, 7))      # the check looks at values: the test can fail
+
+def test_queue_in_safetensors(tmp_path):
+    queue = ProjectionQueue(2, 4, 3)
+    queue.push(torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)))
+    save_file(queue.state_dict(), tmp_path/'queue.safetensors')
+    restored = ProjectionQueue(2, 4, 3)
+    restored.load_state_dict(load_file(tmp_path/'queue.safetensors'))
+    assert restored.filled == 3 and torch.equal(restored.projections, queue.projections)
+
+def test_queue_of_another_number_of_processes():
+    "The length per process differs when the number of processes does: loading says so, and does not cut."
+    with pytest.raises(RuntimeError, match='size mismatch for projections'):
+        ProjectionQueue(2, 480, 8).load_state_dict(ProjectionQueue(2, 240, 8).state_dict())
+
+def test_queue_takes_half_precision_and_empty_batches():
+    queue = ProjectionQueue(1, 2, 3)
+    queue.push(torch.ones(1, 1, 3, dtype=torch.bfloat16))
+    queue.push(torch.ones(1, 0, 3))
+    assert queue.filled == 1 and queue.projections.dtype == torch.float32
