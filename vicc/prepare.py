@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 import cv2
 import numpy as np
 import pandas as pd
+import torch
 
 from .flow import METHODS, compute_flow, opencv_threads, quantise
 from .manifests import read_manifest, require_videos, write_manifest
@@ -209,7 +210,8 @@ def prepare_task(
     flow: Path,  # where the flow goes
     settings: dict,  # fields of PrepareSettings
 ) -> dict:  # of prepare_video
-    "`prepare_video` with arguments that any process understands."
+    "`prepare_video` with arguments that any process understands, in one thread: there is a process for every core."
+    torch.set_num_threads(1)
     return prepare_video(source, rgb, flow, PrepareSettings(**settings))
 
 def run_tasks(

@@ -28,17 +28,17 @@ CLASSES = ('slide_x', 'slide_y', 'rotate', 'grow', 'shrink', 'oscillate_x', 'osc
 @dataclass(frozen=True)
 class ShapesSettings:
     "What a moving-shapes video looks like. Lengths are shares of the frame's shorter side, so that any frame size shows the same scene."
-    num_shapes: int = 3  # shapes a video
+    num_shapes: int = 5  # shapes a video
     num_frames: int = 16  # frames a video
     height: int = 64  # pixels, even
     width: int = 64  # pixels, even
     fps: float = 12.0  # frames per second: only for playing
-    speed: tuple[float, float] = (0.025, 0.05)  # of sliding, sides a frame
-    turn: tuple[float, float] = (0.15, 0.3)  # of rotating, radians a frame
-    growth: tuple[float, float] = (0.06, 0.09)  # of growing and shrinking, logarithm of the size a frame
-    period: tuple[float, float] = (6.0, 9.0)  # of oscillating and orbiting, frames
-    swing: tuple[float, float] = (0.1, 0.16)  # of oscillating and orbiting, sides to each side
-    radius: tuple[float, float] = (0.13, 0.22)  # of a shape, sides
+    speed: tuple[float, float] = (0.035, 0.05)  # of sliding, sides a frame
+    turn: tuple[float, float] = (0.2, 0.3)  # of rotating, radians a frame
+    growth: tuple[float, float] = (0.07, 0.09)  # of growing and shrinking, logarithm of the size a frame
+    period: tuple[float, float] = (6.5, 8.5)  # of oscillating and orbiting, frames
+    swing: tuple[float, float] = (0.11, 0.14)  # of oscillating and orbiting, sides to each side
+    radius: tuple[float, float] = (0.15, 0.2)  # of a shape, sides
     drift: float = 0.0  # the camera's: sides a frame at most
 
     def __post_init__(self):
@@ -119,6 +119,7 @@ def draw_background(
     "Two similar colours mixed by coarse noise, and some fine noise on top, so that flow has something to hold on to."
     first = rng.random(3, dtype=np.float32)
     second = np.clip(first + rng.normal(0, 0.35, 3), 0, 1).astype(np.float32)
+    first, second = 0.55*first, 0.55*second
     mix = value_noise(rng, height, width, int(rng.integers(3, 9)))
     return np.clip(first*(1 - mix) + second*mix + 0.25*(value_noise(rng, height, width, 16, 3) - 0.5), 0, 1)
 
@@ -127,7 +128,7 @@ def draw_texture(
     size: int = 64,  # pixels
 ) -> np.ndarray:  # float32 [size, size, 3] in 0–1
     "Two colours mixed by noise, stripes or a checker board."
-    first, second = rng.random((2, 3), dtype=np.float32)
+    first, second = 0.4 + 0.6*rng.random((2, 3), dtype=np.float32)
     noise = value_noise(rng, size, size, int(rng.integers(4, 9)))
     y, x = np.mgrid[:size, :size].astype(np.float32)*2*math.pi/size
     kind, waves, slant = rng.integers(3), int(rng.integers(2, 5)), rng.uniform(0, math.pi)

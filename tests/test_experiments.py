@@ -1,0 +1,96 @@
+"The experiments run by papermill, small; recipes and parameters belong together."
+import json
+from pathlib import Path
+
+import nbformat
+import papermill as pm
+import pytest
+import yaml
+
+from vicc.alternation import Recipe
+from vicc.manifests import folder_manifest, write_manifest
+from vicc.video import probe
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted((ROOT/'nbs').glob('run_*.ipynb'))
+RECIPES = sorted((ROOT/'nbs'/'recipes').glob('*.yaml'))
+UT_INTERACTION = ROOT.parent/'shared'/'data'/'ut_interaction_set1'
+TINY = dict(single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=1, cycles=1, single_batch_size=8, cross_batch_size=8, num_prototypes=6,
+            backbone_options={'width': 4}, projection_dim=8)
+
+def parameters(notebook: Path) -> dict:
+    "Names and defaults of a notebook's parameters."
+    return {name: yaml.safe_load(about['default'].replace("'", '"')) if about['default'][0] in '\'"{[' else eval(about['default'])
+            for name, about in pm.inspect_notebook(notebook).items()}
+
+def execute(values: dict, folder: Path, name: str = 'run_pretrain') -> nbformat.NotebookNode:
+    "Run an experiment from the root of the project, as a user would."
+    return pm.execute_notebook(ROOT/'nbs'/f'{name}.ipynb', folder/'out.ipynb', values, progress_bar=False, cwd=ROOT)
+
+def pictures(notebook: nbformat.NotebookNode) -> int:
+    "How many pictures a notebook shows."
+    return sum('image/png' in output.get('data', {}) for cell in notebook.cells for output in cell.get('outputs', []))
+
+@pytest.mark.timeout(300)
+def test_pretrain_makes_its_own_data_and_goes_on(tmp_path):
+    values = dict(TINY, num_train_videos=16, num_test_videos=8, output=str(tmp_path/'run'), collapse_lesson=True)
+    notebook = execute(values, tmp_path)
+    metrics = json.loads((tmp_path/'run'/'metrics.json').read_text())
+    assert metrics['recipe']['num_prototypes'] == 6 and metrics['train_videos'] == 16
+    assert set(metrics['results']) == {'chance', 'random rgb', 'random flow', 'rgb-1', 'flow-1', 'rgb-2 cycle 1', 'flow-2 cycle 1'}
+    assert metrics['results']['chance']['R@1'] == 0.125
+    assert pictures(notebook) >= 8
+    for name in ('history.csv', 'results.csv', 'recipe.yaml', 'store', 'stages'): assert (tmp_path/'run'/name).exists()
+    history = (tmp_path/'run'/'history.csv').read_bytes()
+    execute({**values, 'collapse_lesson': False}, tmp_path)
+    assert (tmp_path/'run'/'history.csv').read_bytes() == history
+    with pytest.raises(Exception, match='seed is 0, not 1'): execute({**values, 'seed': 1}, tmp_path)
+
+@pytest.mark.skipif(not UT_INTERACTION.is_dir(), reason='needs the real clips beside the clone')
+@pytest.mark.timeout(300)
+def test_pretrain_on_real_clips(tmp_path):
+    manifest = folder_manifest(UT_INTERACTION, group=r'set1_\d+_(\d+)_', probe=probe)
+    write_manifest(manifest[manifest.group.isin(['1', '2', '3'])], tmp_path/'clips.csv')
+    execute(dict(TINY, manifest=str(tmp_path/'clips.csv'), videos=str(UT_INTERACTION), output=str(tmp_path/'run'), short_side=48, collapse_lesson=False, single_batch_size=4,
+                 cross_batch_size=4, test_fraction=0.34), tmp_path)
+    metrics = json.loads((tmp_path/'run'/'metrics.json').read_text())
+    assert metrics['train_videos'] + metrics['test_videos'] == 18
+    assert 0 < metrics['results']['chance']['R@1'] < 1
+
+def test_unlabelled_videos(tmp_path):
+    from vicc.manifests import read_manifest
+    from vicc.synthetic import make_moving_shapes
+    made = make_moving_shapes(tmp_path/'shapes', 16, 8)
+    for subset in ('train', 'test'): read_manifest(made[subset])[['video', 'num_frames']].to_csv(tmp_path/f'{subset}.csv', index=False)
+    execute(dict(TINY, manifest=str(tmp_path/'train.csv'), test_manifest=str(tmp_path/'test.csv'), videos=str(made['videos']), output=str(tmp_path/'run'), collapse_lesson=False),
+            tmp_path)
+    assert json.loads((tmp_path/'run'/'metrics.json').read_text())['results'] == {}
+
+@pytest.mark.parametrize('notebook', EXPERIMENTS, ids=lambda path: path.stem)
+def test_has_documented_parameters(notebook):
+    found = pm.inspect_notebook(notebook)
+    assert found
+    assert [name for name, about in found.items() if not about['help'] or about['inferred_type_name'] == 'None'] == []
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.stem)
+def test_recipe_belongs_to_the_notebook(recipe):
+    values = Recipe.read(recipe)
+    names = set(pm.inspect_notebook(ROOT/'nbs'/'run_pretrain.ipynb'))
+    assert set(yaml.safe_load(recipe.read_text())) <= names
+    assert values.plan()
+
+def test_demo_recipe_holds_the_defaults():
+    defaults = parameters(ROOT/'nbs'/'run_pretrain.ipynb')
+    demo = yaml.safe_load((ROOT/'nbs'/'recipes'/'demo.yaml').read_text())
+    assert {name: defaults[name] for name in demo} == demo
+
+@pytest.mark.parametrize('values, words', [
+    (dict(sede=1), 'no parameter .*sede.* did you mean seed'),
+    (dict(num_prototypes='many'), 'num_prototypes is .*many.*, but must be a whole number'),
+    (dict(manifest='nowhere.csv', videos='.'), 'nowhere.csv'),
+    (dict(manifest='nowhere.csv'), 'give both manifest and videos'),
+    (dict(backbone='resnet'), 'resnet'),
+], ids=['unknown key', 'wrong type', 'missing manifest', 'manifest without videos', 'unknown backbone'])
+def test_wrong_parameters_are_refused_before_any_work(values, words, tmp_path):
+    with pytest.raises(Exception, match=words): execute(dict(TINY, output=str(tmp_path/'run'), **values), tmp_path)
+    assert not (tmp_path/'run'/'store').exists()

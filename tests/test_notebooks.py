@@ -1,0 +1,55 @@
+"The library notebooks run from top to bottom, are stored clean, and match the package that is exported from them."
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+LIBRARY = [path for path in NOTEBOOKS if re.match(r'\d', path.name)]
+NUMBERS = {re.sub(r'^\d+[a-z]?_', '', path.stem): path.stem.split('_')[0] for path in LIBRARY}
+
+def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
+    "A command of nbdev, from the root of the project."
+    return subprocess.run([str(Path(sys.executable).with_name(command)), *arguments], cwd=ROOT, capture_output=True, text=True)
+
+def contents() -> dict[Path, bytes]:
+    "Every notebook and module, as it is on disk."
+    return {path: path.read_bytes() for folder in ('nbs', 'vicc') for path in (ROOT/folder).rglob('*') if path.suffix in ('.ipynb', '.py')}
+
+@pytest.mark.parametrize('command', ['nbdev-export', 'nbdev-clean'])
+def test_changes_nothing(command):
+    before = contents()
+    result = run(command)
+    assert result.returncode == 0, result.stderr
+    assert sorted(str(path.relative_to(ROOT)) for path, text in contents().items() if before.get(path) != text) == []
+
+@pytest.mark.parametrize('notebook', LIBRARY, ids=lambda path: path.stem)
+@pytest.mark.timeout(400)
+def test_runs(notebook):
+    result = run('nbdev-test', str(notebook), '--n-workers', '0')
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+
+@pytest.mark.parametrize('module', sorted(NUMBERS))
+def test_imports_only_from_lower_numbers(module):
+    for node in ast.walk(ast.parse((ROOT/'vicc'/f'{module}.py').read_text(encoding='utf-8'))):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in (name.split('.')[1] for name in names if name.startswith('vicc.')):
+            assert NUMBERS[name] < NUMBERS[module], f'{module} ({NUMBERS[module]}) imports {name} ({NUMBERS[name]})'
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
+def test_holds_no_error_and_is_titled(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    assert cells[0].cell_type == 'markdown' and re.match(r'# .+\n\n?> .+', cells[0].source)
+    assert not [output for cell in cells if cell.cell_type == 'code' for output in cell.outputs if output.output_type == 'error']
+
+def test_readme_is_made_from_the_index():
+    spec = importlib.util.spec_from_file_location('build_readme', ROOT/'.ci'/'build_readme.py')
+    build_readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_readme)
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == build_readme.readme_text(), 'run python .ci/build_readme.py'
