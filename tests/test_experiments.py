@@ -85,7 +85,7 @@ def test_demo_recipe_holds_the_defaults():
     assert {name: defaults[name] for name in demo} == demo
 
 @pytest.mark.parametrize('values, words', [
-    (dict(sede=1), 'no parameter .*sede.* did you mean seed'),
+    (dict(sede=1), 'no parameter .*sede.*did you mean seed'),
     (dict(num_prototypes='many'), 'num_prototypes is .*many.*, but must be a whole number'),
     (dict(manifest='nowhere.csv', videos='.'), 'nowhere.csv'),
     (dict(manifest='nowhere.csv'), 'give both manifest and videos'),

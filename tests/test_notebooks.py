@@ -38,7 +38,7 @@ def test_runs(notebook):
 @pytest.mark.parametrize('module', sorted(NUMBERS))
 def test_imports_only_from_lower_numbers(module):
     for node in ast.walk(ast.parse((ROOT/'vicc'/f'{module}.py').read_text(encoding='utf-8'))):
-        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names = [('vicc.' if node.level else '') + node.module] if isinstance(node, ast.ImportFrom) and node.module else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in (name.split('.')[1] for name in names if name.startswith('vicc.')):
             assert NUMBERS[name] < NUMBERS[module], f'{module} ({NUMBERS[module]}) imports {name} ({NUMBERS[name]})'
 

@@ -7,7 +7,7 @@ __all__ = ['Frames', 'sample_generator', 'TwoStreamClips', 'pad_frames', 'collat
            'TestClips']
 
 # %% ../nbs/06_data.ipynb #67ea7aa5
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class TwoStreamClips(Dataset):
         self.rows = (store.manifest if rows is None else rows).reset_index(drop=True)
         if self.rows.empty: raise ValueError('no videos to train on: the manifest is empty')
         self.clip_length, self.stride, self.views, self.seed, self.epoch = clip_length, stride, views, seed, 0
-        self.frames = Frames(store, self.rows, streams, cache_gib)
+        self.frames, self.streams = Frames(store, self.rows, streams, cache_gib), tuple(streams)  # `streams` may be narrowed for a stage that needs one
 
     def __len__(self) -> int: return len(self.rows)
 
@@ -80,14 +80,14 @@ class TwoStreamClips(Dataset):
         "Move on to another epoch, which draws other clips and views."
         self.epoch = epoch
 
-    def __getitem__(self, sample: int) -> dict[str, Any]:  # 'rgb', 'flow' [2, T, H, W, C]; 'views': two dicts; 'starts', 'sample', 'size'
+    def __getitem__(self, sample: int) -> dict[str, Any]:  # 'rgb', 'flow' [2, T, H, W, C]; 'views': two dicts; 'starts' [2], 'sample'
         row, rng = self.rows.iloc[sample], sample_generator(self.seed, self.epoch, sample)
         one_clip, views = draw_pair(self.views, int(row.height), int(row.width), rng)
         starts = [random_clip_start(int(row.num_frames), self.clip_length, rng, self.stride) for _ in views]
         if one_clip: starts[1] = starts[0]
         indices = np.concatenate([clip_indices(int(row.num_frames), self.clip_length, start, self.stride) for start in starts])
         item: dict[str, Any] = dict(sample=sample, starts=np.array(starts), views=views)
-        for stream in self.frames.streams:
+        for stream in self.streams:
             clips = self.frames.read(row.video, stream, indices)
             item[stream] = clips.reshape(2, self.clip_length, *clips.shape[1:])
         return item
@@ -162,11 +162,12 @@ class TestClips(Dataset):
         step: int = 15,  # frames from one clip's start to the next
         min_frames: int = 18,  # shorter videos give no clip
         cache_gib: float = 1.0,  # memory for decoded frames, GiB
+        stride: int = 1,  # frames from one to the next, as in training
         frames: Frames | None = None,  # share the memory of another data set
     ):
         self.rows = (store.manifest if rows is None else rows).reset_index(drop=True)
         self.stream, self.frames = stream, frames or Frames(store, self.rows, (stream,), cache_gib)
-        clips = [test_clip_indices(int(count), clip_length, step, min_frames) for count in self.rows.num_frames]
+        clips = [stride*test_clip_indices(-(-int(count)//stride), clip_length, max(1, step//stride), -(-min_frames//stride)) for count in self.rows.num_frames]
         self.too_short = [video for video, indices in zip(self.rows.video, clips) if not len(indices)]  # left out
         self.clips = [(number, indices) for number, video_clips in enumerate(clips) for indices in video_clips]
         if not self.clips: raise ValueError(f'all {len(self.rows)} videos have fewer than {min_frames} frames: there is nothing to evaluate')

@@ -72,7 +72,7 @@ def retrieval_recall(
     gallery_labels: Tensor,  # int [G]
     ks: Sequence[int] = (1, 5, 10, 20, 50),  # how many neighbours count
 ) -> dict[int, float]:  # k → share of queries, 0–1
-    "R@k with centred cosine similarity. Source: METHOD, after Xu et al. (2019) and CoCLR."
+    "R@k with centred cosine similarity. Source: ViCC, section 4, after Xu et al. (2019) and CoCLR."
     return recall_at_k(cosine_similarity(query_features, gallery_features), query_labels, gallery_labels, ks)
 
 # %% ../nbs/14_evaluation.ipynb #1eb29346
@@ -101,7 +101,7 @@ def extract_features(
     workers: int = 0,  # reading processes
     flow_as_image: bool = False,  # as in training
 ) -> Tensor:  # [videos, F] float32 on the CPU; videos without clips are left out (see `clips.too_short`)
-    "One feature a video: clip features of length 1, averaged. Put a module into eval mode before. Source: METHOD, retrieval."
+    "One feature a video: clip features of length 1, averaged. Put a module into eval mode before. Source: ViCC, section 4."
     workers = 0 if clips.frames.kept is not None else workers
     settings, sums, counts = ViewSettings(size=size, flow_as_image=flow_as_image), None, torch.zeros(len(clips.rows))
     for batch in DataLoader(clips, batch_size, collate_fn=collate, num_workers=workers):
@@ -124,7 +124,7 @@ def linear_probe(
     batch_size: int = 128,  # videos
     seed: int = 0,  # of weights and order
 ) -> tuple[float, Tensor]:  # accuracy 0–1 on the test videos, and their probabilities [M, classes]
-    "Accuracy of a linear classifier on frozen features. Raises ValueError for labels that do not fit. Source: METHOD, linear probe."
+    "Accuracy of a linear classifier on frozen features. Raises ValueError for labels that do not fit. Source: ViCC, section 4."
     for what, features, labels in (('train', train_features, train_labels), ('test', test_features, test_labels)):
         if len(features) != len(labels): raise ValueError(f'{len(features)} {what} features but {len(labels)} labels: give one label a row')
         if len(labels) and labels.min() < 0: raise ValueError(f'a {what} label is negative: unlabelled videos cannot be evaluated, leave them out')
@@ -158,7 +158,7 @@ def evaluate_stream(
     probe_epochs: int = 100,  # of the linear probe
     **options: Any,  # batch_size, workers, flow_as_image: see extract_features
 ) -> tuple[dict[str, float], dict[str, Tensor]]:  # numbers: 'R@1', …, 'linear probe' (shares 0–1); and features: 'gallery' [G, F], 'queries' [Q, F]
-    "Retrieval and linear probe of one stream. Raises ValueError for unlabelled or too short videos only."
+    "Retrieval and linear probe of one stream. Raises ValueError if a label is missing, the clips are of the other stream, or a crop does not fit."
     stream = stream.to(device).eval()
     labels = {}
     features = {}

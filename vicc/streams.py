@@ -6,6 +6,7 @@
 __all__ = ['Stream', 'save_stream', 'load_stream']
 
 # %% ../nbs/10_streams.ipynb #acd5c056
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from .backbones import create_backbone
@@ -67,6 +69,7 @@ def save_stream(
     "Save a stream so that the folder is never half written."
     folder = Path(folder)
     beside, old = folder.with_name(f'.{folder.name}.new'), folder.with_name(f'.{folder.name}.old')
+    if old.exists() and not folder.exists(): old.rename(folder)  # a run was killed between the two renames below
     for path in (beside, old): shutil.rmtree(path, ignore_errors=True)
     stream.save_pretrained(beside)
     (beside/'README.md').unlink(missing_ok=True)  # the mixin's model card knows nothing that config.json does not
@@ -83,7 +86,10 @@ def load_stream(
     folder = Path(folder)
     for name in ('config.json', 'model.safetensors'):
         if not (folder/name).is_file(): raise FileNotFoundError(f'{folder/name} does not exist: give the folder that save_stream wrote')
-    try: return Stream.from_pretrained(folder, map_location='cpu', strict=True).to(device).eval()
+    try:
+        stream = Stream(**json.loads((folder/'config.json').read_text(encoding='utf-8')))
+        load_model(stream, folder/'model.safetensors')
     except Exception as error:
         raise ValueError(f'{folder} does not hold the weights of the stream that its config.json describes ({type(error).__name__}: '
                          f'{str(error).splitlines()[0]}): was it changed, or copied only in part?') from error
+    return stream.to(device).eval()

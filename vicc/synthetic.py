@@ -69,6 +69,7 @@ class Scene:
     background: np.ndarray = field(repr=False)  # float32 [H, W, 3] in 0–1
     drift: tuple[float, float] = (0.0, 0.0)  # of the camera: pixels a frame, x and y
 
+# %% ../nbs/02_synthetic.ipynb #d5faca5e
 def draw_motion(
     class_name: str,  # one of CLASSES
     settings: ShapesSettings,  # lengths and speeds
@@ -111,6 +112,7 @@ def value_noise(
         return values[below]*(1 - share) + values[(below + 1) % len(values)]*share
     return blend(blend(grid, height).transpose(1, 0, 2), width).transpose(1, 0, 2)
 
+# %% ../nbs/02_synthetic.ipynb #685067f9
 def draw_background(
     rng: np.random.Generator,  # where the choices come from
     height: int,  # pixels
@@ -137,6 +139,7 @@ def draw_texture(
     mix = noise if kind == 0 else 0.75*(stripes if kind == 1 else checks)[..., None] + 0.25*noise
     return (first*(1 - mix) + second*mix).astype(np.float32)
 
+# %% ../nbs/02_synthetic.ipynb #d4503c2b
 def draw_shape(
     class_name: str,  # one of CLASSES
     settings: ShapesSettings,  # lengths and speeds
