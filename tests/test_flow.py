@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 import torch
 
 from vicc import flow as vf
@@ -42,7 +43,8 @@ def true_pair(name):
     "Grey frames [1, H, W] twice and true flow [1, 2, H, W]."
     if name == 'rubberwhale': files = [FLOW / name / file for file in ('frame10.png', 'frame11.png', 'flow10.flo')]
     else: files = [FLOW / 'flyingchairs' / f'{name}-{file}' for file in ('img0.ppm', 'img1.ppm', 'gt.flo')]
-    frames = [vf.grey(cv2.imread(str(file))[None, ..., ::-1]) for file in files[:2]]
+    # Pillow, since OpenCV cannot read PNG files once a decoder with another zlib is loaded
+    frames = [vf.grey(np.asarray(Image.open(file).convert('RGB'))[None]) for file in files[:2]]
     return *frames, vf.read_flo(files[2])[None]
 
 
