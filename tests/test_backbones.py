@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 
-from vicc.backbones import PAPER_NAMES, TorchvisionBackbone, count_parameters, create_backbone, list_backbones
+from vicc.backbones import PAPER_NAMES, TorchvisionBackbone, count_multiply_adds, count_parameters, create_backbone, list_backbones
 
 GOLDEN = Path(__file__).parent/'golden'
 RELEASED = json.loads((GOLDEN/'official_state_dict_keys.json').read_text())['backbones']
@@ -71,17 +71,22 @@ def test_golden_features_train_r21d():
     assert (features - recorded).abs().max() < 1e-4*recorded.abs().max()
 
 
-@pytest.mark.parametrize('name,rounding', [('s3d', 1.5e-4), ('s3dg', 2.5e-4)])
-def test_golden_features_train_s3d(name, rounding):
+@pytest.mark.parametrize('name,rounding,share', [('s3d', 1.5e-4, 0.99), ('s3dg', 2.5e-4, 0.96)])
+def test_golden_features_train_s3d(name, rounding, share):
     """In training mode batch norm divides by the deviation of as few as 8 values, thirty layers deep. A relative change of the input is
     enlarged about 1100 times in S3D and 440 times in S3D-G (measured in float64; 0.4 and 0.2 times in evaluation mode), so float32's 6e-8
-    becomes about 1e-4 in any float32 run, the recorded one included. Hence two checks: the exact (float64) features are within the recorded file's own
-    rounding, which does not depend on the machine; a float32 run is within a few times that."""
+    becomes about 1e-4 in any float32 run, the recorded one included: it is 1.2e-4 (S3D) and 1.8e-4 (S3D-G) from the exact, float64 result.
+    Our own float32 runs are 1.1e-4 to 2.5e-4 from it (with and without oneDNN). About 40 ways to compute each network in float32 (oneDNN on and off and held to older
+    instruction sets, 1 to 8 threads, both memory layouts, MKL's reproducible modes) were 1.4e-4 to 4.8e-4 from the recorded one: none below 1e-4, so no tighter bound is honest.
+    Hence: the exact features are within the recorded file's own rounding, and nearly all of them within 1e-4 of the largest; a float32 run is within a few times that.
+    Where PyTorch draws its random weights by other instructions than AVX2's, these differ in the last bit, and the bound must be wider (measured: 3.3e-4)."""
+    usual = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
     features, recorded = golden_features(name, 'train', torch.float64)
-    assert relative(features, recorded) < rounding
+    assert relative(features, recorded) < (rounding if usual else 6e-4)
+    assert ((features - recorded).abs() < 1e-4*recorded.abs().max()).double().mean() > (share if usual else 0.9)
     features, recorded = golden_features(name, 'train')
-    assert relative(features, recorded) < 6e-4
-    assert (features - recorded).abs().median() < 1e-4*recorded.abs().max()
+    assert relative(features, recorded) < 8e-4
+    assert ((features - recorded).abs() < 1e-4*recorded.abs().max()).float().mean() > 0.85
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -198,6 +203,24 @@ def test_classifier_on_our_features_is_torchvisions_output(name, classifier):
     backbone.network.load_state_dict({key: t for key, t in full.state_dict().items() if not key.startswith(classifier)})
     clips = torch.randn(1, 3, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): torch.testing.assert_close(getattr(full, classifier)(backbone(clips)), full(clips))
+
+
+@pytest.mark.parametrize('name,size', [('r3d_18', (16, 112, 112)), ('mc3_18', (16, 112, 112)), ('r2plus1d_18', (16, 112, 112)), ('s3d', (16, 224, 224)),
+                                       ('mvit_v2_s', (16, 224, 224)), ('swin3d_t', (16, 224, 224))])
+def test_published_counts(name, size):
+    "Our counters against what torchvision states with its weights."
+    published = torchvision.models.get_model_weights(name).DEFAULT.meta
+    with torch.device('meta'): full = torchvision.models.get_model(name)
+    assert count_parameters(full) == published['num_params']
+    assert abs(count_multiply_adds(full, (1, 3, *size))/1e9 / published['_ops'] - 1) < 1e-3
+
+
+@pytest.mark.parametrize('name', ['r3d_18', 'mc3_18', 'r2plus1d_18', 'swin3d_t'])
+@pytest.mark.parametrize('size', [(1, 1, 1), (3, 7, 5), (8, 33, 47)])
+def test_networks_that_take_any_clip(name, size):
+    with torch.device('meta'), torch.no_grad():
+        backbone = create_backbone(f'torchvision:{name}').eval()
+        assert backbone(torch.empty(1, 3, *size)).shape == (1, backbone.num_features)
 
 
 def test_mvit_wants_its_clip_size():
