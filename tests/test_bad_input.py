@@ -1,13 +1,19 @@
 "Bad input gets a sentence that names the file and says what to do, before long work starts."
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
 
-from vicc.alternation import Recipe, find_project
+from vicc.alternation import Recipe, alternate, find_project
+from vicc.data import TestClips, TwoStreamClips
+from vicc.evaluation import evaluate_files
 from vicc.manifests import read_manifest
-from vicc.prepare import PrepareSettings, Store, prepare
+from vicc.prepare import PrepareSettings, Store, finish, open_folder, prepare, prepare_video
+from vicc.retrieval import extract_features
 from vicc.synthetic import make_moving_shapes
 from vicc.video import VideoError, read_frames
 
@@ -16,6 +22,17 @@ SETTINGS = PrepareSettings(short_side=64, flow_method='farneback', flow_bound=5)
 @pytest.fixture(scope='module')
 def shapes(tmp_path_factory):
     return make_moving_shapes(tmp_path_factory.mktemp('shapes'), 8, 8)
+
+@pytest.fixture(scope='module')
+def demo():
+    return find_project(__file__)/'nbs'/'recipes'/'demo.yaml'
+
+@pytest.fixture(scope='module')
+def store(shapes, tmp_path_factory):
+    "Two of the videos, as the demo's recipe wants them."
+    folder, rows = tmp_path_factory.mktemp('prepared'), read_manifest(shapes['train'])[:2]
+    open_folder(folder, SETTINGS)
+    return finish(folder, rows, {video: prepare_video(shapes['videos']/video, folder/'rgb'/video, folder/'flow'/video, SETTINGS) for video in rows.video}, {}, 0)
 
 def test_missing_video_is_named_before_any_work(shapes, tmp_path):
     rows = read_manifest(shapes['train'])
@@ -40,18 +57,73 @@ def test_unknown_and_missing_recipe_keys(tmp_path):
     (tmp_path/'less.yaml').write_text(demo.replace('temperature: 0.1', ''))
     with pytest.raises(ValueError, match='less.yaml: the key temperature must be given'): Recipe.read(tmp_path/'less.yaml')
 
+@pytest.mark.skipif(not hasattr(os, 'killpg'), reason='this system knows no process groups')
 def test_a_killed_preparation_goes_on(shapes, tmp_path):
-    command = [sys.executable, '-m', 'vicc.prepare', str(shapes['train']), str(shapes['videos']), str(tmp_path/'store'), '--short-side=64', '--flow-method=tvl1', '--flow-bound=5',
+    read_manifest(shapes['train'])[:3].to_csv(tmp_path/'three.csv', index=False)  # TV-L1 needs a second for each, which leaves time to kill
+    command = [sys.executable, '-m', 'vicc.prepare', str(tmp_path/'three.csv'), str(shapes['videos']), str(tmp_path/'store'), '--short-side=64', '--flow-method=tvl1', '--flow-bound=5',
                '--workers=1']
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # a group of its own: the workers go with it
     try:
-        while not list(tmp_path.glob('store/rgb/*/*.mp4')) and process.poll() is None: pass
-    finally: process.kill(); process.wait()
-    assert 0 < len(list(tmp_path.glob('store/rgb/*/*.mp4'))) < 8
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob('store/rgb/*/*.mp4')) and process.poll() is None and time.monotonic() < deadline: time.sleep(0.02)
+    finally:
+        if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert 0 < len(list(tmp_path.glob('store/rgb/*/*.mp4'))) < 3
     with pytest.raises(FileNotFoundError, match='not a finished store'): Store(tmp_path/'store')
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob('store/rgb/*/*.mp4')}
-    store = prepare(shapes['train'], shapes['videos'], tmp_path/'store', PrepareSettings(short_side=64, flow_method='tvl1', flow_bound=5), workers=2)
-    assert len(store.manifest) == 8
+    store = prepare(tmp_path/'three.csv', shapes['videos'], tmp_path/'store', PrepareSettings(short_side=64, flow_method='tvl1', flow_bound=5), workers=1)
+    assert len(store.manifest) == 3
     assert {path: path.stat().st_mtime_ns for path in done} == done
     for row in store.manifest.itertuples():
         for stream in ('rgb', 'flow'): assert len(store.read(row.video, stream)) == row.num_frames == 16
+
+@pytest.mark.parametrize('change, message', [
+    (dict(short_side=48), 'short_side is 64, not 48'), (dict(flow_bound=20.0), 'flow_bound is 5, not 20.0'), (dict(flow_method='dis'), 'flow_method is farneback, not dis')],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else '')
+def test_store_of_another_recipe(store, demo, tmp_path, change, message):
+    recipe = Recipe.read(demo, **change)
+    rows = store.manifest
+    begun = {'training': lambda: alternate(recipe, store, tmp_path/'run'), 'evaluation': lambda: evaluate_files({'rgb': tmp_path/'nothing'}, store, rows, rows, recipe)}
+    for what, work in begun.items():
+        with pytest.raises(ValueError, match=rf'made with other settings \({message}\): prepare a store with this recipe'): work()
+    assert not (tmp_path/'run').exists()
+    Recipe.read(demo).check_store(store)  # and the right one passes
+
+def test_store_grown_with_other_settings(shapes, store):
+    before = sorted(store.path.rglob('*'))
+    for change, message in ((dict(short_side=48), 'short_side is 64, not 48'), (dict(flow_bound=20.0), 'flow_bound is 5, not 20.0')):
+        settings = PrepareSettings(**{**dict(short_side=64, flow_method='farneback', flow_bound=5), **change})
+        with pytest.raises(ValueError, match=f'made with other settings .{message}.: choose another folder'): prepare(shapes['train'], shapes['videos'], store.path, settings)
+    assert sorted(store.path.rglob('*')) == before
+
+def test_store_grown_with_other_class_names(shapes, store):
+    rows = read_manifest(shapes['test'])
+    other = rows.assign(class_name='act ' + rows.class_name)
+    with pytest.raises(ValueError, match="column class_name: label 0 is 'act slide_x' here and 'slide_x' in row 2: make them the same"):
+        prepare(other, shapes['videos'], store.path, SETTINGS)
+    assert len(Store(store.path).manifest) == 2
+
+def test_store_of_other_videos(shapes, store):
+    with pytest.raises(ValueError, match='none of the 8 videos of the manifest is in the store'): store.select(read_manifest(shapes['test']))
+    assert len(store.select(read_manifest(shapes['train']))) == 2
+
+def test_clips_that_do_not_fit_the_store(store):
+    with pytest.raises(ValueError, match='all 2 videos have fewer than 18 frames'): TestClips(store)  # the paper's values on videos of 16 frames
+    clips = TestClips(store, clip_length=8, min_frames=1)
+    with pytest.raises(ValueError, match='a crop of 224 does not fit into frames of 64×64: lower test_crop'): extract_features(lambda views: views.flatten(1), clips, size=32, crop=224)
+    for make in (lambda: TestClips(store, stream='depth', clip_length=8, min_frames=1), lambda: TwoStreamClips(store, streams=('rgb', 'depth'))):
+        with pytest.raises(ValueError, match="stream 'depth' is not 'rgb' or 'flow'"): make()
+
+def test_damaged_store_settings(store, tmp_path):
+    (tmp_path/'manifest.csv').write_text((store.path/'manifest.csv').read_text())
+    for text in ('{', '{}', '{"settings": {"size": 64}}', '{"settings": {"short_side": 2}}'):
+        (tmp_path/'settings.json').write_text(text)
+        with pytest.raises(ValueError, match='settings.json|short_side'): Store(tmp_path)
+
+def test_labels_out_of_range_and_twice(tmp_path):
+    (tmp_path/'m.csv').write_text('video,label,class_name\na.mp4,0,run\nb.mp4,101,jump\n')
+    with pytest.raises(ValueError, match='m.csv: row 3, column label: 101 is not one of 0 … 100: correct it'): read_manifest(tmp_path/'m.csv', num_classes=101)
+    (tmp_path/'m.csv').write_text('video,label\na.mp4,0\nb.mp4,1\na.mp4,0\n')
+    with pytest.raises(ValueError, match="m.csv: row 4, column video: 'a.mp4' is already in row 2: take one of the two out"): read_manifest(tmp_path/'m.csv')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORE_METHODS', 'STREAMS', 'PrepareSettings', 'stored_size', 'stored_frames', 'stack_flow', 'unstack_flow',
-           'flow_pictures', 'prepare_video', 'Store', 'open_folder', 'save_text', 'prepare_task', 'run_tasks',
-           'prepare', 'finish', 'main']
+           'flow_pictures', 'prepare_video', 'Store', 'open_folder', 'prepare_task', 'run_tasks', 'prepare', 'finish',
+           'main']
 
 # %% ../nbs/04_prepare.ipynb #38004f08
 import argparse
@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 
 from .flow import METHODS, compute_flow, opencv_threads, quantise
-from .manifests import check_manifest, read_manifest, require_videos, write_manifest
+from .manifests import check_manifest, read_manifest, require_videos, save_text, write_manifest
 from .video import VideoError, decoded_frames, probe, read_frames, to_rgb, write_video
 
 # %% ../nbs/04_prepare.ipynb #e58a7ad5
@@ -199,15 +199,6 @@ def open_folder(
         versions = {name: version(name) for name in ('av', 'opencv-contrib-python-headless', 'numpy')}
         save_text(file, json.dumps(dict(settings=values, hash=settings.hash, versions=versions), indent=2))
 
-def save_text(
-    path: Path,  # the file
-    text: str,  # its new content
-) -> None:
-    "Write a file so that it is never seen half written."
-    beside = path.with_name(f'.{path.name}.{os.getpid()}')
-    beside.write_text(text, encoding='utf-8')
-    beside.replace(path)
-
 # %% ../nbs/04_prepare.ipynb #4792db3d
 def prepare_task(
     source: Path,  # the video file
@@ -221,10 +212,13 @@ def prepare_task(
 
 def run_tasks(
     tasks: dict[str, tuple],  # video name → arguments of prepare_task
-    workers: int,  # processes
+    workers: int,  # processes; 0: work in this one
 ) -> Iterator[tuple[str, dict | Exception]]:  # video name and its row, or what went wrong, in the order of finishing
     "Prepare videos in processes, so that a crash of the decoder costs one video and not the run."
-    waiting = [dict(tasks)]
+    for name, (*paths, values) in tasks.items() if workers == 0 else ():
+        try: yield name, prepare_video(*paths, PrepareSettings(**values))
+        except (ValueError, FileNotFoundError) as error: yield name, error
+    waiting = [dict(tasks)] if workers else []
     while waiting:
         left = waiting.pop()
         batch, pool = dict(left), ProcessPoolExecutor(min(workers, len(left)), mp_context=get_context('spawn'))
@@ -248,7 +242,7 @@ def prepare(
     videos: str | os.PathLike,  # the folder that the manifest's paths start from
     store: str | os.PathLike,  # folder to make, or to go on with
     settings: PrepareSettings = PrepareSettings(),  # sizes, flow method, quality
-    workers: int | None = None,  # processes; None: one a core
+    workers: int | None = None,  # processes; None: one a core; 0: none, quicker to start for a few small videos, but a crash of the decoder ends the run
     max_failed: float = 0.01,  # share of videos that may fail; more stops the run
     log: Callable[[str], None] = print,  # where progress goes: a line now and then
 ) -> Store:  # opened
@@ -268,7 +262,7 @@ def prepare(
     open_folder(store, settings)
     tasks = {video: (videos/video, *((store/stream/PurePosixPath(video).with_suffix('.mp4')) for stream in STREAMS), asdict(settings)) for video in rows.video}
     found, problems, start, said = {}, {}, time.monotonic(), 0.0
-    for video, result in run_tasks(tasks, workers or os.cpu_count()):
+    for video, result in run_tasks(tasks, os.cpu_count() if workers is None else workers):
         (problems if isinstance(result, Exception) else found)[video] = result
         done, now = len(found) + len(problems), time.monotonic() - start
         if now - said > 10 or done == len(tasks):
@@ -309,7 +303,7 @@ def main(
         parser.add_argument(name, help=text)
     for name, value in asdict(PrepareSettings()).items():
         parser.add_argument('--' + name.replace('_', '-'), type=type(value), default=value, help=f'default {value}')
-    parser.add_argument('--workers', type=int, default=None, help='processes; default: one a core')
+    parser.add_argument('--workers', type=int, default=None, help='processes; default: one a core; 0: none')
     parser.add_argument('--max-failed', type=float, default=0.01, help='share of videos that may fail, default 0.01')
     values = vars(parser.parse_args(arguments))
     try:

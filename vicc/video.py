@@ -19,6 +19,8 @@ from typing import Any, Iterable, Iterator, Sequence
 
 import av
 import numpy as np
+
+from .manifests import write_whole
 try:
     import decord
 except ImportError:  # no wheel for 64-bit Arm: everything still works with PyAV, only slower
@@ -106,20 +108,15 @@ def write_video(
     if first is None: raise ValueError(f'no frames to write to {path}')
     checked = to_video_frame(first, pixel_format)
     size = checked.height, checked.width
-    part = path.with_name(f'.{path.stem}.{os.getpid()}.part{path.suffix}')
-    try:
-        with av.open(str(part), 'w', options={'fflags': '+bitexact'}) as container:
-            stream = open_stream(container, size, fps, codec, gop, crf, pixel_format, preset)
-            for count, frame in enumerate(chain([first], frames), start=1):
-                picture = to_video_frame(frame, pixel_format)
-                if (picture.height, picture.width) != size:
-                    raise ValueError(f'frame {count - 1} is {picture.height}×{picture.width}, the first was {size[0]}×{size[1]}: {path}')
-                picture.pts, picture.time_base = count - 1, 1/stream.codec_context.rate
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode(None))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with write_whole(path) as part, av.open(str(part), 'w', options={'fflags': '+bitexact'}) as container:
+        stream = open_stream(container, size, fps, codec, gop, crf, pixel_format, preset)
+        for count, frame in enumerate(chain([first], frames), start=1):
+            picture = to_video_frame(frame, pixel_format)
+            if (picture.height, picture.width) != size:
+                raise ValueError(f'frame {count - 1} is {picture.height}×{picture.width}, the first was {size[0]}×{size[1]}: {path}')
+            picture.pts, picture.time_base = count - 1, 1/stream.codec_context.rate
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
     return count
 
 # %% ../nbs/01_video.ipynb #cee75201
