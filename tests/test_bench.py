@@ -1,0 +1,140 @@
+"The benchmark's arithmetic, order and messages. Nothing here measures time: the clock is ours."
+import json
+from itertools import count
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vicc import bench
+from vicc.alternation import Recipe, find_project
+from vicc.prepare import Store
+
+RECIPES = sorted((find_project(__file__)/'nbs'/'recipes').glob('*.yaml'))
+SMALL = dict(batch_size=2, clip_length=8, repeats=2)
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+    return bench.small_store(tmp_path_factory.mktemp('bench'), videos=2, height=48, width=64, num_frames=24)
+
+
+@pytest.fixture
+def one_second(monkeypatch):
+    "Every call takes one second, says the clock."
+    ticks = count()
+    monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+
+
+def test_the_clock_waits_for_the_device(monkeypatch):
+    events = []
+    monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=lambda: events.append('clock') or float(len(events))))
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.accelerator, 'synchronize', lambda device: events.append(f'wait {device}'))
+    seconds = bench.measure(lambda: events.append('work'), repeats=2, warm_up=1, device='cuda')
+    assert events == ['wait cuda', 'clock', 'work', 'wait cuda', 'clock']*3
+    assert seconds == [3.0, 3.0]  # clock, work, wait, clock: three events later
+
+
+def test_rows_hold_the_median_and_what_it_depends_on():
+    row = bench.result('loader', 'x', 12, 'clips/s', [3, 1, 30], batch_size=4)
+    assert row == dict(part='loader', name='x', value=4.0, unit='clips/s', settings=dict(threads=torch.get_num_threads(), batch_size=4, repeats=3, spread=9.67))
+    assert bench.result('flow', 'x', 1, 'pairs/s', [3.0], threads=7)['settings']['threads'] == 7
+
+
+def test_all_parts_with_seconds_of_one(one_second):
+    table = bench.run(quick=True)
+    values = {f'{row.part} {row.name}': row.value for row in table.itertuples()}
+    clips = values.pop('evaluation small')
+    assert values == {**{f'flow {name}': 2 for name in bench.FLOW_METHODS}, 'loader decode rgb': 2, 'loader decode flow': 2, 'loader workers 0': 4, 'loader workers 1': 4,
+                      'step small single': 2, 'step small cross': 2}
+    assert clips == 4*2  # 4 videos of 32 frames: clips start at 0 and 15
+    assert all({'threads', 'repeats', 'spread'} <= set(settings) and settings['spread'] == 0 for settings in table.settings)
+    assert set(table.unit) == {'pairs/s', 'clips/s', 'samples/s'} and table.attrs['machine']['cores'] >= 1
+
+
+def test_parts_alone(one_second, store):
+    assert [row['value'] for row in bench.bench_flow(['dis', 'farneback'], 48, 64, pairs=3, repeats=1)] == [3, 3]
+    rows = bench.bench_loader(store, workers=(0,), streams=('rgb',), **SMALL)
+    assert [(row['name'], row['value']) for row in rows] == [('decode rgb', 2), ('workers 0', 4)] and rows[1]['settings']['streams'] == 'rgb'
+    rows = bench.bench_step(store, ['small'], ['cross'], view_size=16, num_prototypes=4, warm_up=0, **SMALL)
+    assert [(row['name'], row['settings']['clip'], row['settings']['precision']) for row in rows] == [('small cross', '8×16×16', 'no')]
+    assert bench.bench_evaluation(store, ['small'], view_size=16, **SMALL)[0]['settings']['batch_size'] == 2
+
+
+def test_a_step_trains_the_stream_and_leaves_the_other(one_second, store, monkeypatch):
+    stages = []
+    class Spy(bench.Stage):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            stages.append((self, {name: value.clone() for name, value in self.stream.state_dict().items()}, {name: value.clone() for name, value in self.other.state_dict().items()}))
+    monkeypatch.setattr(bench, 'Stage', Spy)
+    bench.bench_step(store, ['small'], ['cross'], view_size=16, num_prototypes=4, **SMALL)
+    stage, own, other = stages[0]
+    assert any((stage.stream.state_dict()[name] != value).any() for name, value in own.items() if name.endswith('weight'))
+    assert all(torch.equal(stage.other.state_dict()[name], value) for name, value in other.items())
+
+
+def test_one_worker_more_reads_the_same_number_of_rounds(one_second, store):
+    rows = bench.bench_loader(store, workers=(2,), streams=('rgb',), batch_size=1, clip_length=4, repeats=1)
+    assert rows[-1]['value'] == 4  # two rounds of two workers
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+def test_hours(path):
+    recipe = Recipe.read(path)
+    videos, single, cross = 9537, 50.0, 20.0
+    expected = 0.0
+    for epochs, batch, speed in ((recipe.single_epochs_rgb, recipe.single_batch_size, single), (recipe.single_epochs_flow, recipe.single_batch_size, single),
+                                 (2*recipe.cycles*recipe.cross_epochs, recipe.cross_batch_size, cross)):
+        expected += epochs*(videos - videos % batch)/speed
+    assert np.isclose(bench.hours_needed(recipe, videos, dict(single=single, cross=cross)), expected/3600)
+    assert np.isclose(bench.hours_needed(recipe, videos, 2.0), 2*bench.hours_needed(recipe, videos, 4.0))
+
+
+def test_hours_refuse_what_cannot_be():
+    recipe = Recipe.read(RECIPES[-1])
+    for speed in (0, -1, float('nan'), dict(cross=3), {}):
+        with pytest.raises(ValueError, match='give a number above 0'): bench.hours_needed(recipe, 9537, speed)
+    with pytest.raises(ValueError, match='100 videos do not fill one batch of 192'): bench.hours_needed(recipe, 100, 5, processes=4)
+
+
+@pytest.mark.parametrize('values, message', [
+    (dict(parts=['steps']), "unknown part 'steps': choose flow, loader, step, evaluation"),
+    (dict(parts=[]), 'at least one'),
+    (dict(backbones=['s4d']), "unknown backbone 's4d': choose s3d"),
+    (dict(device='gpu'), "device 'gpu'"),
+    pytest.param(dict(device='cuda'), "there is no GPU: use 'cpu'", marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU'))])
+def test_refused_before_any_work(monkeypatch, values, message):
+    monkeypatch.setattr(bench, 'small_store', lambda *_, **__: pytest.fail('it has begun'))
+    monkeypatch.setattr(bench, 'measure', lambda *_, **__: pytest.fail('it has begun'))
+    with pytest.raises(ValueError, match=message): bench.run(**values)
+
+
+def test_command(one_second, store, tmp_path, capsys):
+    bench.main(['--parts', 'loader', 'flow', '--quick', '--device', 'cpu', '--store', str(store.path), '--output', str(tmp_path/'bench.json')])
+    written, printed = json.loads((tmp_path/'bench.json').read_text()), capsys.readouterr().out
+    assert [row['name'] for row in written['rows']] == [*bench.FLOW_METHODS, 'decode rgb', 'decode flow', 'workers 0', 'workers 1']
+    assert written['rows'][4]['settings']['size'] == '48×64' and written['machine'] == json.loads(json.dumps(bench.machine()))
+    assert all(row['name'] in printed for row in written['rows']) and 'torch:' in printed
+    assert [path.name for path in tmp_path.iterdir()] == ['bench.json']
+
+
+@pytest.mark.parametrize('words, message', [(['--parts', 'disk'], "unknown part 'disk'"), (['--store', 'nowhere'], 'not a finished store'), (['--backbones', 'big', '--device', 'cpu'], "unknown backbone 'big'")])
+def test_command_refuses(words, message, capsys):
+    with pytest.raises(SystemExit) as ended: bench.main(words)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended: bench.main(['--help'])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and all(f'--{name}' in text for name in ('parts', 'output', 'quick', 'device', 'precision', 'backbones', 'batch-size', 'view-size', 'workers', 'store', 'threads'))
+
+
+def test_small_store_is_a_store(store):
+    again = Store(store.path)
+    assert len(again.manifest) == 2 and again.settings.short_side == 48
+    for row in again.manifest.itertuples():
+        for stream, channels in (('rgb', 3), ('flow', 2)): assert again.read(row.video, stream).shape == (24, 48, 64, channels)
