@@ -54,3 +54,42 @@ def test_the_queue_and_the_frozen_views_matter(case):
     elif len(numbers['projections']) == 4: numbers['projections'] = numbers['projections'][:2]
     else: pytest.skip('two views and no queue: nothing to leave out')
     assert abs(step(numbers)[3] - numbers['loss']) > 1e-3
+
+def plain_loss(projections, prototypes, queue, epsilon, temperature, rounds):
+    "The method's equations as they stand in the paper, in float64: exponentials, sums, no logarithms, one clip after the other."
+    assignments, log_predictions = [], []
+    for view, projection in enumerate(projections):
+        scores = projection@prototypes.T
+        rows = scores if queue is None else torch.cat([scores, queue[view]@prototypes.T])
+        table = (rows.detach()/epsilon).exp()
+        for _ in range(rounds):
+            table = table/table.sum(0)/table.shape[1]
+            table = table/table.sum(1, keepdim=True)/table.shape[0]
+        assignments.append((table/table.sum(1, keepdim=True))[:len(scores)])
+        log_predictions.append((scores/temperature).log_softmax(1))
+    views = len(projections)
+    return sum(-(assignments[v][clip]*log_predictions[w][clip]).sum()/len(projections[0]) for v in range(views) for w in range(views) if w != v for clip in range(len(projections[0])))/views/(views - 1)
+
+@pytest.mark.parametrize('seed, views, clips, dim, count, queue_length, epsilon, temperature, rounds', [
+    (1, 2, 5, 7, 11, 0, .05, .1, 3), (2, 4, 24, 128, 300, 0, .05, .1, 3), (3, 2, 3, 16, 4, 10, .05, .1, 3), (4, 4, 6, 32, 50, 33, .1, .2, 5), (5, 2, 48, 64, 24, 0, .03, .07, 1), (6, 3, 1, 8, 6, 12, .05, .1, 3)])
+def test_other_draws(seed, views, clips, dim, count, queue_length, epsilon, temperature, rounds):
+    "Other seeds and sizes, and other values of the loss, against the plain equations: loss and gradients."
+    g = torch.Generator().manual_seed(seed)
+    raw, weight = torch.randn(views, clips, dim, generator=g), normalise_rows(torch.randn(count, dim, generator=g))
+    older = normalise_rows(torch.randn(views, queue_length, dim, generator=g)) if queue_length else None
+    results = []
+    for kind in (torch.float32, torch.float64):
+        inputs, prototypes = raw.to(kind, copy=True).requires_grad_(True), weight.to(kind, copy=True).requires_grad_(True)
+        projections = [torch.nn.functional.normalize(z, dim=1) for z in inputs]
+        if kind == torch.float64: loss = plain_loss(projections, prototypes, None if older is None else older.to(kind), epsilon, temperature, rounds)
+        else:
+            queue = None
+            if older is not None:
+                queue = ProjectionQueue(views, queue_length, dim)
+                queue.push(older)
+            scores = [z@prototypes.T for z in projections]
+            loss = swapped_prediction_loss(scores, view_assignments(scores, queue, prototypes.detach(), epsilon, rounds), temperature)
+        loss.backward()
+        results.append((loss.detach().double(), inputs.grad.double(), prototypes.grad.double()))
+    assert abs(results[0][0] - results[1][0]) < 1e-5
+    assert relative(results[0][1], results[1][1]) < 1e-4 and relative(results[0][2], results[1][2]) < 1e-4

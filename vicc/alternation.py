@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FREE_VALUES', 'DataValues', 'TrainingValues', 'Recipe', 'suggestion', 'check_ranges', 'checked_value', 'PlannedStage',
            'plan_stages', 'find_project', 'refuse_unknown_parameters', 'new_streams', 'stage_folder', 'open_run',
-           'claim_videos', 'alternate', 'main']
+           'claim_videos', 'claim_method', 'online_split', 'alternate', 'main']
 
 # %% ../nbs/13_alternation.ipynb #f6cc37b5
 import argparse
@@ -13,23 +13,25 @@ import ast
 import difflib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from .augment import ViewSettings
-from .data import TwoStreamClips
-from .manifests import read_manifest
-from .prepare import PrepareSettings, STREAMS, Store, prepare, save_text
+from .data import TestClips, TwoStreamClips
+from .manifests import read_manifest, save_text, split_manifest
+from .prepare import PrepareSettings, STREAMS, Store, prepare
+from .retrieval import OnlineRetrieval
 from .streams import Stream, load_stream, save_stream
-from .training import StageSettings, train_stage, videos_hash
+from .training import Method, StageSettings, VICC, train_stage, videos_hash
 
 # %% ../nbs/13_alternation.ipynb #43f880ef
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class DataValues:
     test_crop: int  # side of the centred square that is looked at, pixels; 0: the largest that fits
     test_step: int  # frames from one test clip to the next
     min_frames: int  # shorter videos are left out
+    online_every: int  # epochs from one R@1 of held-out training videos to the next; 0: hold out nothing
+    online_fraction: float  # share of the training videos' groups held out for it
     # Loading
     workers: int  # reading processes
     cache_gib: float  # decoded frames are kept in memory if they fit into so many GiB
@@ -142,6 +146,14 @@ class Recipe(TrainingValues):
         "How the store is made."
         return PrepareSettings(short_side=self.short_side, flow_method=self.flow_method, flow_bound=self.flow_bound)
 
+    def check_store(self,
+        store: Store,  # that shall be used with this recipe
+    ) -> None:
+        "Raises ValueError for a store that was made with other settings."
+        other = [f'{name} is {getattr(store.settings, name)}, not {getattr(self, name)}' for name in ('short_side', 'flow_method', 'flow_bound')
+                 if getattr(store.settings, name) != getattr(self, name)]
+        if other: raise ValueError(f'{store.path} was made with other settings ({"; ".join(other)}): prepare a store with this recipe')
+
     def plan(self) -> list['PlannedStage']:
         "The stages in their order."
         return plan_stages(self)
@@ -159,9 +171,10 @@ def check_ranges(
     recipe: 'Recipe',  # every value, of the right types
 ) -> None:
     "Raises ValueError for a number that no run could use."
-    least = dict(seed=0, clip_length=1, clip_stride=1, num_prototypes=2, projection_dim=1, cycles=0, test_crop=0, test_step=1, min_frames=1, workers=0, cache_gib=0)
+    least = dict(seed=0, clip_length=1, clip_stride=1, num_prototypes=2, projection_dim=1, cycles=0, test_crop=0, test_step=1, min_frames=1, online_every=0, workers=0, cache_gib=0)
     for name, value in least.items():
         if getattr(recipe, name) < value: raise ValueError(f'{name} is {getattr(recipe, name)}, but must be at least {value}')
+    if recipe.online_every and not 0 < recipe.online_fraction < 1: raise ValueError(f'online_fraction is {recipe.online_fraction}, but must be between 0 and 1')
     if recipe.mixed_precision not in ('no', 'fp16', 'bf16'): raise ValueError(f"mixed_precision is '{recipe.mixed_precision}', but must be no, fp16 or bf16")
 
 def checked_value(
@@ -258,14 +271,39 @@ def open_run(
 def claim_videos(
     rows: pd.DataFrame,  # the training videos
     folder: Path,  # of the run
-) -> None:
-    "Note which videos a run trains on. Raises ValueError if it has begun with others."
+) -> str:  # the text of its file
+    "What training_videos.csv says of these videos. Raises ValueError if the folder holds a run on others."
     file, own = folder/'training_videos.csv', videos_hash(rows)
     if file.is_file() and (found := videos_hash(pd.read_csv(file, dtype=str))) != own:
         raise ValueError(f'{folder} holds a run on other videos (hash {found}, now {own}): choose another folder')
-    save_text(file, rows[['video']].to_csv(index=False))
+    return rows[['video']].to_csv(index=False)
 
 # %% ../nbs/13_alternation.ipynb #b9d5d5ba
+def claim_method(
+    method: Method,  # of this run
+    folder: Path,  # of the run
+) -> str:  # the text of its file
+    "What method.yaml says of a method. Raises ValueError if the folder holds a run of another one."
+    file, own = folder/'method.yaml', dict(name=method.name, taught=method.taught, values=dict(method.values))
+    found = yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else own
+    if found != own: raise ValueError(f'{folder} holds a run of {found["name"]} ({found["values"]}), not {own["name"]} ({own["values"]}): choose another folder')
+    return yaml.safe_dump(own, sort_keys=False)
+
+def online_split(
+    recipe: Recipe,  # how much, how often
+    store: Store,  # prepared videos
+    rows: pd.DataFrame,  # of the training videos
+    streams: Sequence[str] = STREAMS,  # that will be trained
+) -> tuple[pd.DataFrame, OnlineRetrieval | None]:  # the videos left to train on, and what measures on the others
+    "Hold whole groups of the training videos out for R@1 during training. Raises ValueError for videos without labels."
+    if not recipe.online_every: return rows, None
+    if (rows.label < 0).any(): raise ValueError(f'online_every={recipe.online_every} needs labels, and {(rows.label < 0).sum()} training videos have none: set it to 0')
+    kept, held_out = split_manifest(rows, recipe.online_fraction, rng=np.random.default_rng(recipe.seed))
+    one_clip = dict(clip_length=recipe.clip_length, step=10**6, min_frames=recipe.min_frames, cache_gib=recipe.cache_gib, stride=recipe.clip_stride)
+    gallery, queries = ({name: TestClips(store, part, name, **one_clip) for name in streams} for part in (kept, held_out))
+    return kept, OnlineRetrieval(gallery, queries, recipe.online_every, recipe.view_size, recipe.test_crop or None, recipe.flow_as_image, recipe.workers)
+
+# %% ../nbs/13_alternation.ipynb #4685afdb
 def alternate(
     recipe: Recipe,  # every value
     store: Store,  # prepared videos
@@ -274,29 +312,33 @@ def alternate(
     accelerator: Accelerator | None = None,  # device, precision, processes; None: what is there
     log: Callable[[str], None] = print,  # where the line an epoch goes
     log_every: int = 1,  # epochs from one line to the next
+    method: Method = VICC,  # what happens in a stage; see 17_baselines
+    train: Sequence[str] = STREAMS,  # only these streams; a method that is taught needs both
 ) -> pd.DataFrame:  # the history: a row for every epoch of every stage
-    "Train both streams as the recipe says, or go on with it. Raises ValueError for another recipe in the folder or a store made with other settings."
+    "Train the streams as the recipe says, or go on with it. Raises ValueError for another recipe in the folder or a store made with other settings."
     folder, accelerator = Path(folder), accelerator or Accelerator(mixed_precision=recipe.mixed_precision)
-    other = [f'{name} is {getattr(store.settings, name)}, not {getattr(recipe, name)}' for name in ('short_side', 'flow_method', 'flow_bound')
-             if getattr(store.settings, name) != getattr(recipe, name)]
-    if other: raise ValueError(f'{store.path} was made with other settings ({"; ".join(other)}): prepare a store with this recipe')
+    if method.taught and set(train) != set(STREAMS): raise ValueError(f'{method.name} teaches each stream by the other: train both')
+    recipe.check_store(store)
     streams = open_run(recipe, folder)
-    dataset = TwoStreamClips(store, rows, STREAMS, recipe.clip_length, recipe.clip_stride, recipe.view_settings(), recipe.seed, recipe.cache_gib)
-    claim_videos(dataset.rows, folder)
+    rows, online = online_split(recipe, store, store.manifest if rows is None else rows, train)
+    dataset = TwoStreamClips(store, rows, train, recipe.clip_length, recipe.clip_stride, recipe.view_settings(), recipe.seed, recipe.cache_gib)
+    texts = {'training_videos.csv': claim_videos(dataset.rows, folder), 'method.yaml': claim_method(method, folder)}
     if accelerator.is_main_process:
         recipe.write(folder/'recipe.yaml')
+        for name, text in texts.items(): save_text(folder/name, text)
         for name, stream in streams.items(): save_stream(stream, folder/'stages'/'random'/name)
     histories = []
     for number, stage in enumerate(recipe.plan()):
         place = stage_folder(folder, number, stage)
+        if stage.name not in train: continue
         if (place/'stream').is_dir() and (place/'history.csv').is_file():
             streams[stage.name] = load_stream(place/'stream')
             histories.append(pd.read_csv(place/'history.csv'))
             continue
-        other = streams[STREAMS[1 - STREAMS.index(stage.name)]] if stage.cycle else None
+        other = streams[STREAMS[1 - STREAMS.index(stage.name)]] if stage.cycle and method.taught else None
         streams[stage.name].requires_grad_(True)
-        dataset.seed, dataset.streams = recipe.seed*1000 + number, STREAMS if stage.cycle else (stage.name,)  # orders of its own, and only what it needs
-        histories.append(train_stage(stage.title, stage.name, streams[stage.name], dataset, stage.settings, place/'checkpoints', other, accelerator, recipe.workers, log, log_every))
+        dataset.seed, dataset.streams = recipe.seed*1000 + number, STREAMS if other is not None else (stage.name,)  # orders of its own, and only what it needs
+        histories.append(train_stage(stage.title, stage.name, streams[stage.name], dataset, stage.settings, place/'checkpoints', other, accelerator, recipe.workers, log, log_every, method, online))
         accelerator.wait_for_everyone()  # nobody may still need the checkpoints
         if accelerator.is_main_process:
             save_text(place/'history.csv', histories[-1].to_csv(index=False))

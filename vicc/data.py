@@ -133,10 +133,12 @@ def training_loader(
     batch_size: int,  # B, of one process
     workers: int = 0,  # reading processes; ignored where the frames are kept in memory
     pin_memory: bool = False,  # for a GPU: copies to the device can run beside the computation
+    processes: int = 1,  # that will share the samples, each with batches of its own
 ) -> DataLoader:  # of batches
-    "Batches of an epoch; call `set_epoch` before each. Raises ValueError if there are too few samples for one batch."
-    if len(dataset) < batch_size:
-        raise ValueError(f'{len(dataset)} videos do not fill one batch of {batch_size}: lower batch_size, or give more videos')
+    "Batches of an epoch; call `set_epoch` before each. Raises ValueError if there are too few samples for one batch in every process."
+    if len(dataset) < batch_size*processes:
+        where = f' in each of {processes} processes' if processes > 1 else ''
+        raise ValueError(f'{len(dataset)} videos do not fill one batch of {batch_size}{where}: lower batch_size, or give more videos')
     workers = 0 if dataset.frames.kept is not None else workers
     return DataLoader(dataset, batch_size, sampler=EpochOrder(len(dataset), dataset.seed), num_workers=workers, collate_fn=collate, drop_last=True,
                       pin_memory=pin_memory)
@@ -173,6 +175,10 @@ class TestClips(Dataset):
         if not self.clips: raise ValueError(f'all {len(self.rows)} videos have fewer than {min_frames} frames: there is nothing to evaluate')
 
     def __len__(self) -> int: return len(self.clips)
+
+    def kept_rows(self) -> pd.DataFrame:
+        "The rows of the videos that have clips."
+        return self.rows[~self.rows.video.isin(self.too_short)].reset_index(drop=True)
 
     def __getitem__(self, clip: int) -> dict[str, Any]:  # 'video': row number, 'size': (H, W), and the stream: [T, H, W, C]
         number, indices = self.clips[clip]

@@ -1,0 +1,76 @@
+"A training stage on two processes: one network, two queues, and the same weights after a kill as without one."
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from vicc.prepare import PrepareSettings, Store, prepare
+from vicc.synthetic import make_moving_shapes
+
+class Unplugged(Exception): pass
+
+def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
+    "Three epochs of flow-1 with a queue, broken off in the third if asked to: weights, and this process's queue in the last checkpoint."
+    from accelerate import Accelerator
+    from vicc.augment import ViewSettings
+    from vicc.data import TwoStreamClips
+    from vicc.streams import Stream
+    from vicc.training import StageSettings, train_stage
+    accelerator = Accelerator(cpu=True)
+    dataset = TwoStreamClips(Store(folder/'store'), None, ('flow',), 8, views=ViewSettings(size=16))
+    if stop:
+        read, asked = dataset.frames.read, []
+        def unplug(*arguments):
+            asked.append(1)
+            if len(asked) > 2*8 + 4: raise Unplugged  # each process reads 8 of the 16 videos an epoch
+            return read(*arguments)
+        dataset.frames.read = unplug
+    settings = StageSettings(epochs=3, schedule_epochs=None, batch_size=4, optimiser='adamw', learning_rate=1e-3, final_learning_rate=1e-5, freeze_prototypes_epochs=0,
+                             queue_length=16, queue_start_epoch=0)
+    torch.manual_seed(0)
+    stream = Stream('small', 8, 16, {'width': 4, 'multipliers': [1, 2], 'spatial_strides': [2, 2], 'temporal_strides': [2, 2]})
+    train_stage('flow-1', 'flow', stream, dataset, settings, folder/where, accelerator=accelerator, log=lambda line: None)
+    checkpoint = torch.load(folder/where/f'epoch-0003-process-{accelerator.process_index}.pt', weights_only=True)
+    return stream.state_dict(), checkpoint['own']['queue']
+
+def work(rank: int, folder: str) -> None:
+    "What each process does."
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=Path(folder, 'port').read_text(), ACCELERATE_USE_CPU='true')
+    torch.set_num_threads(1)
+    unbroken = train(Path(folder), 'unbroken', False)
+    try: train(Path(folder), 'broken', True)
+    except Unplugged: pass
+    else: raise AssertionError('was not broken off')
+    torch.distributed.barrier()
+    torch.save((unbroken, train(Path(folder), 'broken', False)), Path(folder)/f'{rank}.pt')
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('two')
+    made = make_moving_shapes(folder/'shapes', 16, 8)
+    prepare(made['train'], made['videos'], folder/'store', PrepareSettings(32, 'farneback', 5.), log=lambda line: None)
+    import socket
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        (folder/'port').write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder/f'{rank}.pt', weights_only=True) for rank in range(2)]
+
+def test_both_processes_hold_one_network(results):
+    for name in results[0][0][0]:
+        if 'running' in name or 'batches' in name: continue  # batch norm's statistics are each process's own until a stage ends
+        assert torch.equal(results[0][0][0][name], results[1][0][0][name]), name
+
+def test_each_process_has_a_queue_of_its_own(results):
+    first, second = (result[0][1]['projections'] for result in results)
+    assert first.shape == (2, 8, 16) and first.abs().sum() > 0
+    assert not torch.equal(first, second)
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_kill_changes_nothing(results, rank):
+    (weights, queue), (weights_again, queue_again) = results[rank]
+    for name in weights:
+        if rank and ('running' in name or 'batches' in name): continue  # process 1 goes on with the statistics of process 0
+        assert torch.equal(weights[name], weights_again[name]), name
+    assert torch.equal(queue['projections'], queue_again['projections'])
