@@ -2,6 +2,7 @@
 import ast
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,20 +15,23 @@ NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 LIBRARY = [path for path in NOTEBOOKS if re.match(r'\d', path.name)]
 NUMBERS = {re.sub(r'^\d+[a-z]?_', '', path.stem): path.stem.split('_')[0] for path in LIBRARY}
 
-def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
-    "A command of nbdev, from the root of the project."
-    return subprocess.run([str(Path(sys.executable).with_name(command)), *arguments], cwd=ROOT, capture_output=True, text=True)
+def run(command: str, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    "A command of nbdev."
+    return subprocess.run([str(Path(sys.executable).with_name(command)), *arguments], cwd=folder, capture_output=True, text=True)
 
-def contents() -> dict[Path, bytes]:
+def contents(root: Path) -> dict[str, bytes]:
     "Every notebook and module, as it is on disk."
-    return {path: path.read_bytes() for folder in ('nbs', 'vicc') for path in (ROOT/folder).rglob('*') if path.suffix in ('.ipynb', '.py')}
+    return {str(path.relative_to(root)): path.read_bytes() for folder in ('nbs', 'vicc') for path in (root/folder).rglob('*') if path.suffix in ('.ipynb', '.py')}
 
 @pytest.mark.parametrize('command', ['nbdev-export', 'nbdev-clean'])
-def test_changes_nothing(command):
-    before = contents()
-    result = run(command)
+def test_changes_nothing(command, tmp_path):
+    for name in ('nbs', 'vicc'): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc'))
+    for name in ('settings.ini', 'pyproject.toml', 'setup.py', 'README.md'): shutil.copy(ROOT/name, tmp_path/name)
+    before = contents(tmp_path)
+    result = run(command, folder=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert sorted(str(path.relative_to(ROOT)) for path, text in contents().items() if before.get(path) != text) == []
+    after = contents(tmp_path)
+    assert sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)) == []
 
 @pytest.mark.parametrize('notebook', LIBRARY, ids=lambda path: path.stem)
 @pytest.mark.timeout(400)
