@@ -325,7 +325,7 @@ def test_nothing_in_it(write, tmp_path):
 def test_wrong_wishes(r21d, write):
     path = write(r21d)
     with pytest.raises(ValueError, match="must be 'optimised' or 'frozen', not 'rgb'"): load_released(path, stream='rgb')
-    with pytest.raises(ValueError, match='holds no frozen stream: it is not a cross-stream file'): load_released(path, stream='frozen')
+    with pytest.raises(ValueError, match='holds no frozen stream, so it has only one encoder'): load_released(path, stream='frozen')
     with pytest.raises(ValueError, match='holds 6 prototypes, not 300'): load_released(path, num_prototypes=300)
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['POSITIVES', 'METHODS', 'multi_positive_nce', 'update_momentum', 'Encoder', 'KeyQueue', 'mine_positives', 'recordings',
-           'ContrastSettings', 'ContrastMeter', 'KeyStage', 'ContrastiveStage', 'contrastive_method', 'create_method']
+           'ContrastSettings', 'ContrastMeter', 'KeyStage', 'gather_rows', 'ContrastiveStage', 'contrastive_method',
+           'create_method']
 
 # %% ../nbs/17_baselines.ipynb #1588951d
 import copy
@@ -216,6 +217,15 @@ class KeyStage(Stage):
 
     def load_own_state(self, state: dict[str, Any]) -> None: pass
 
+# %% ../nbs/17_baselines.ipynb #f159a842
+def gather_rows(
+    accelerator: Accelerator,  # its processes
+    rows: Tensor,  # [B, ...] of this process
+) -> Tensor:  # [B × processes, ...]
+    "The rows of all processes, also where a row holds nothing."
+    if rows.numel(): return accelerator.gather(rows)
+    return rows.new_zeros(len(rows)*accelerator.num_processes, *rows.shape[1:])
+
 # %% ../nbs/17_baselines.ipynb #c6abc59c
 class ContrastiveStage(KeyStage):
     "One stream trained by InfoNCE, UberNCE or CoCLR. Raises ValueError for wrong values, and for positives by label without labels."
@@ -254,7 +264,7 @@ class ContrastiveStage(KeyStage):
         positive, siblings, same_class = self.masks(samples, other_keys)
         loss, hits = multi_positive_nce(query, keys, self.queue.keys, positive, siblings, self.contrast.temperature)
         self.update(loss)
-        self.queue.push(*(self.accelerator.gather(rows) for rows in (keys, samples, other_keys)))
+        self.queue.push(*(gather_rows(self.accelerator, rows) for rows in (keys, samples, other_keys)))
         meter.add(loss, hits, positive, same_class)
 
     def describe(self, row: dict[str, Any]) -> str:

@@ -204,7 +204,7 @@ def bench_step(
             meter = stage.meter()
             if device != 'cpu': torch.cuda.reset_peak_memory_stats()
             seconds = measure(lambda: stage.step(batch, 0, meter), repeats, warm_up, accelerator.device)
-            facts = dict(batch_size=batch_size, clip=f'{clip_length}×{view_size}×{view_size}', device=device, precision=precision)
+            facts = dict(backbone=backbone, kind=step, batch_size=batch_size, clip=f'{clip_length}×{view_size}×{view_size}', device=device, precision=precision)
             rows.append(result('step', f'{backbone} {step}', batch_size, 'samples/s', seconds, **facts))
             if device != 'cpu': rows.append(dict(part='step', name=f'{backbone} {step} memory', value=round(torch.cuda.max_memory_allocated()/2**30, 2), unit='GiB', settings=facts))
             accelerator.free_memory(stage)

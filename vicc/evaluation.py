@@ -22,7 +22,7 @@ from .data import TestClips
 from .manifests import check_parts, read_manifest, save_text
 from .prepare import STREAMS, Store
 from .prototypes import sinkhorn
-from .retrieval import cached_features, cosine_similarity, recall_at_k, retrieval_recall
+from .retrieval import cached_features, centred_view, cosine_similarity, recall_at_k, retrieval_recall
 from .streams import Stream, load_released, load_stream
 
 # %% ../nbs/14_evaluation.ipynb #e5baaf98
@@ -74,12 +74,13 @@ def evaluate_stream(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:  # numbers: 'R@1', …, 'linear probe' (shares 0–1); and features: 'gallery' [G, F], 'queries' [Q, F]
     "Retrieval and linear probe of one stream. Raises ValueError if a label is missing, the clips are of the other stream, or a crop does not fit."
     stream = stream.to(device).eval()
-    labels = {}
-    features = {}
-    for what, clips in (('gallery', gallery), ('queries', queries)):
+    sets = {'gallery': gallery, 'queries': queries}
+    for what, clips in sets.items():
         if clips.stream != name: raise ValueError(f"the {what} clips are of the stream '{clips.stream}', not '{name}'")
-        labels[what] = torch.tensor(clips.kept_rows().label.to_numpy())
-        features[what] = cached_features(stream, clips, cache, size, crop, device=device, **options)
+        if (clips.rows.label < 0).any(): raise ValueError(f'{(clips.rows.label < 0).sum()} videos of the {what} have no label: leave them out')
+        centred_view(torch.tensor(clips.rows[['height', 'width']].to_numpy().copy()), crop)  # refuses a crop that does not fit
+    labels = {what: torch.tensor(clips.kept_rows().label.to_numpy()) for what, clips in sets.items()}
+    features = {what: cached_features(stream, clips, cache, size, crop, device=device, **options) for what, clips in sets.items()}
     recall = retrieval_recall(features['queries'], labels['queries'], features['gallery'], labels['gallery'], ks)
     accuracy, _ = linear_probe(features['gallery'], labels['gallery'], features['queries'], labels['queries'], probe_epochs)
     return {**{f'R@{k}': value for k, value in recall.items()}, 'linear probe': accuracy}, features
@@ -129,7 +130,7 @@ def evaluate_files(
     sets = [store.select(rows) for rows in (gallery, queries)]
     features, results, labels = {}, {}, []
     for name, stream in loaded.items():
-        clips = [TestClips(store, rows, name, recipe.clip_length, recipe.test_step, recipe.min_frames, recipe.cache_gib, recipe.clip_stride) for rows in sets]
+        clips = [recipe.test_clips(store, rows, name) for rows in sets]
         results[name], features[name] = evaluate_stream(stream, name, *clips, recipe.view_size, recipe.test_crop or None, ks, device, cache=cache,
                                                         workers=recipe.workers, flow_as_image=recipe.flow_as_image)
         labels = [torch.tensor(test_clips.kept_rows().label.to_numpy()) for test_clips in clips]
@@ -154,6 +155,7 @@ def main(
     try:
         streams = dict(item.partition('=')[::2] for item in values.streams)
         if wrong := [name for name in streams if name not in STREAMS]: raise ValueError(f"stream '{wrong[0]}': write rgb=PATH or flow=PATH")
+        if len(streams) < len(values.streams): raise ValueError('a stream is given twice: write rgb=PATH and flow=PATH at most once each')
         table = evaluate_files(streams, Store(values.store), read_manifest(values.gallery), read_manifest(values.queries), Recipe.read(values.recipe), device=values.device, cache=values.cache)
     except (ValueError, FileNotFoundError) as error: parser.exit(2, f'{parser.prog}: {error}\n')
     print((100*table).round(1).to_string())

@@ -10,7 +10,7 @@ __all__ = ['STYLE', 'PALETTE', 'MARKERS', 'STREAM_COLOURS', 'RIGHT', 'WRONG', 'T
            'as_assignments', 'assignment_matrix', 'order_prototypes', 'nearest_prototype', 'prototype_purity',
            'prototype_nmi', 'shuffled_purity', 'plot_assignments', 'compare_assignments', 'tile_images', 'shortened',
            'plot_prototype_montage', 'plot_retrieval', 'plot_embedding', 'stage_group', 'plot_recall_bars',
-           'results_table', 'markdown_table', 'plot_confusion', 'save_figure']
+           'results_table', 'markdown_table', 'plot_confusion', 'plot_class_accuracy', 'save_figure']
 
 # %% ../nbs/15_plots.ipynb #b75b4469
 import base64
@@ -748,6 +748,37 @@ def plot_confusion(
             for (i, j), share in np.ndenumerate(shares):
                 if share > 0: ax.text(j, i, f'{share:.0f}', ha='center', va='center', fontsize=8, color='white' if share < 55 else 'black')
         ax.figure.colorbar(image, ax=ax, label='share of the true class [%]', pad=.02, fraction=.045, aspect=25)
+    return ax.figure
+
+# %% ../nbs/15_plots.ipynb #98e25a6f
+def plot_class_accuracy(
+    accuracies: Mapping[str, ArrayLike], # classifier → shares 0–1 [C]; nan: a class without videos
+    class_names: Sequence[str], # C names
+    counts: ArrayLike | None = None, # [C] test videos of each class, written behind its name
+    title: str = '', # above the axes
+    ax: Axes | None = None, # axes to draw on; None: a new figure
+) -> Figure:
+    """Accuracy of each class, one dot a classifier, ordered by the last classifier. Raises ValueError for a wrong shape, or percentages in place of shares."""
+    if not accuracies: raise ValueError('accuracies is empty: give at least one classifier')
+    values = {name: as_array(shares, f'{len(class_names)}', f"accuracies['{name}']").astype(float) for name, shares in accuracies.items()}
+    for name, shares in values.items():
+        if np.nanmax(shares, initial=0) > 1 or np.nanmin(shares, initial=0) < 0: raise ValueError(f"accuracies['{name}'] must be shares 0–1, not percent")
+    order = np.argsort(-np.nan_to_num(list(values.values())[-1], nan=-1), kind='stable')
+    names = [class_names[i] + (f' ({as_array(counts, f"{len(class_names)}", "counts")[i]:.0f})' if counts is not None else '') for i in order]
+    ax = axes_or_new(ax, 7.5, 1.1 + (.22 if len(order) <= 30 else .135) * len(order))
+    colours = {name: STREAM_COLOURS.get(name, PALETTE[(3, 4, 2, 9)[i % 4]]) for i, name in enumerate(values)}
+    with style():
+        stack = 100 * np.stack([shares[order] for shares in values.values()])
+        ends = np.nanmin(np.c_[stack.T, np.full(len(order), 101)], 1), np.nanmax(np.c_[stack.T, np.full(len(order), -1)], 1)  # a class may have no videos
+        ax.hlines(np.flatnonzero(ends[1] >= 0), *(end[ends[1] >= 0] for end in ends), color='0.8', lw=1, zorder=1)
+        for i, (name, marker) in enumerate(zip(values, 'osD^vPX*<>' * len(values))):
+            ax.scatter(stack[i], range(len(order)), s=(80, 42, 16)[min(i, 2)] / (1 if len(order) <= 30 else 2), marker=marker, color=colours[name], zorder=2 + i, clip_on=False,
+                       label=f'{name} (mean over classes {np.nanmean(stack[i]):.1f} %)')
+        ax.set_yticks(range(len(order)), names, fontsize=8 if len(order) <= 30 else 6)
+        ax.set(xlabel='right [% of the class]', xlim=(0, 100), ylim=(len(order) - .5, -.5), title=title)
+        ax.grid(axis='x', color='0.92'); ax.set_axisbelow(True)
+        ax.tick_params(axis='y', length=0)
+        ax.legend(loc='upper left', bbox_to_anchor=(0, -1.1 / ax.figure.get_figheight()) if len(order) > 30 else (1.01, 1))
     return ax.figure
 
 # %% ../nbs/15_plots.ipynb #44abe32a

@@ -134,9 +134,13 @@ def weights_hash(
 def clips_hash(
     clips: TestClips,  # which frames of which videos of which store
 ) -> str:  # 16 hexadecimal digits
-    "The same for the same clips of the same store."
-    total = hashlib.sha256(f'{clips.frames.store.settings.hash} {clips.stream}'.encode())
-    for number, indices in clips.clips: total.update(clips.rows.video.iloc[number].encode() + np.asarray(indices, '<i8').tobytes())
+    "The same for the same clips of the same files: a file of another size or time of change counts as another."
+    store = clips.frames.store
+    total = hashlib.sha256(f'{store.settings.hash} {clips.stream}'.encode())
+    for video in clips.rows.video:
+        facts = store.file(video, clips.stream).stat()
+        total.update(f'{video} {facts.st_size} {facts.st_mtime_ns}\n'.encode())
+    for number, indices in clips.clips: total.update(np.asarray([number, *indices], '<i8').tobytes())
     return total.hexdigest()[:16]
 
 def clip_parts(
@@ -213,6 +217,7 @@ class OnlineRetrieval:
         for what, sets in (('gallery', self.gallery), ('queries', self.queries)):
             for name, clips in sets.items():
                 if (clips.rows.label < 0).any(): raise ValueError(f'the {what} of the stream {name} has videos without label: online evaluation needs labels')
+                centred_view(torch.tensor(clips.rows[['height', 'width']].to_numpy().copy()), self.crop)  # refuses a crop that does not fit
 
     def due(self, epoch: int, epochs: int) -> bool:
         "Whether to measure after this epoch, counted from 1."

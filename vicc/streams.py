@@ -248,7 +248,7 @@ def load_released(
     if stream not in ENCODERS.values(): raise ValueError(f"stream must be 'optimised' or 'frozen', not {stream!r}: a released file does not say which of its streams saw RGB")
     encoders, prototypes, left_out = sort_released(released_tensors(path), path)
     first = next((first for first in encoders if ENCODERS[first] == stream), None)
-    if first is None: raise ValueError(f"{path} holds no {stream} stream: it is not a cross-stream file. Give stream='{ENCODERS[next(iter(encoders))]}'")
+    if first is None: raise ValueError(f"{path} holds no {stream} stream, so it has only one encoder. Give stream='{ENCODERS[next(iter(encoders))]}'")
     tensors = encoders[first]
     accept_paper_names(None, tensors, '0.')
     backbone = check_encoder(tensors, backbone, path, first)
