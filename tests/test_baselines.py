@@ -191,7 +191,7 @@ def test_mines_only_from_a_full_queue_and_in_the_other_stream(store, cpu):
 
 class Unplugged(Exception): pass
 
-def run(store, cpu, folder, method, other, stop_at=None):
+def run(store, cpu, folder, method, other, stop_at=None, lines=None):
     data, trained = clips(store), stream()
     if stop_at is not None:
         read, seen = data.frames.read, []
@@ -200,7 +200,7 @@ def run(store, cpu, folder, method, other, stop_at=None):
             if len(seen) == stop_at: raise Unplugged
             return read(*arguments)
         data.frames.read = unplug
-    history = train_stage('rgb-2', 'rgb', trained, data, SETTINGS, folder, other, cpu, log=lambda line: None, method=method)
+    history = train_stage('rgb-2', 'rgb', trained, data, SETTINGS, folder, other, cpu, log=(lines if lines is not None else []).append, method=method)
     return trained.state_dict(), history.drop(columns='samples_per_second')
 
 @pytest.mark.parametrize('name', ['infonce', 'coclr'])
@@ -208,7 +208,9 @@ def test_a_killed_run_goes_on_bit_for_bit(store, cpu, tmp_path, name):
     method, other = create_method(name, **VALUES), stream(1) if name == 'coclr' else None
     weights, history = run(store, cpu, tmp_path/'unbroken', method, other)
     with pytest.raises(Unplugged): run(store, cpu, tmp_path/'broken', method, other, stop_at=2*2*16 + 20)  # in the third epoch
-    again, resumed = run(store, cpu, tmp_path/'broken', method, other)
+    lines = []
+    again, resumed = run(store, cpu, tmp_path/'broken', method, other, lines=lines)
+    assert 'going on after epoch 2' in lines[0]
     assert all(torch.equal(value, again[key]) for key, value in weights.items())
     assert history.equals(resumed) and (history.loss > 0).all()
     with pytest.raises(ValueError, match="'temperature': 0.1.*'temperature': 0.2"): run(store, cpu, tmp_path/'broken', create_method(name, **{**VALUES, 'temperature': .2}), other)
