@@ -2,7 +2,6 @@
 import copy
 import json
 import pickle
-import zlib
 from pathlib import Path
 
 import pytest
@@ -11,35 +10,12 @@ import torchvision
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 
+from helpers import golden_weights
 from vicc.backbones import PAPER_NAMES, TorchvisionBackbone, count_multiply_adds, count_parameters, create_backbone, list_backbones
 
 GOLDEN = Path(__file__).parent/'golden'
 RELEASED = json.loads((GOLDEN/'official_state_dict_keys.json').read_text())['backbones']
 NAMES = ['s3d', 's3dg', 'r21d']
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    "The networks are tiny here; more threads only wait for one another."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def golden_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    "Weights that depend on the released key name alone, as they were when the golden features were recorded."
-    weights = {}
-    for name, shape in shapes.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        if name.endswith('num_batches_tracked'): weights[name] = torch.zeros(shape, dtype=torch.int64)
-        elif name.endswith('running_var'): weights[name] = 0.5 + torch.rand(shape, generator=generator)
-        elif name.endswith('running_mean'): weights[name] = 0.1*torch.randn(shape, generator=generator)
-        elif len(shape) >= 2:
-            weights[name] = torch.randn(shape, generator=generator)
-            weights[name] *= (2/weights[name][0].numel())**0.5
-        else: weights[name] = float(name.endswith('weight')) + 0.1*torch.randn(shape, generator=generator)
-    return weights
 
 
 def golden_features(name: str, mode: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
+from helpers import Unplugged, unplug
 from vicc.alternation import Recipe, alternate, find_project
 from vicc.augment import ViewSettings
 from vicc.baselines import METHODS, ContrastiveStage, create_method, multi_positive_nce, recordings
@@ -189,17 +190,9 @@ def test_mines_only_from_a_full_queue_and_in_the_other_stream(store, cpu):
 
 # Killed and started again
 
-class Unplugged(Exception): pass
-
 def run(store, cpu, folder, method, other, stop_at=None, lines=None):
     data, trained = clips(store), stream()
-    if stop_at is not None:
-        read, seen = data.frames.read, []
-        def unplug(*arguments):
-            seen.append(1)
-            if len(seen) == stop_at: raise Unplugged
-            return read(*arguments)
-        data.frames.read = unplug
+    if stop_at is not None: unplug(data.frames, stop_at)
     history = train_stage('rgb-2', 'rgb', trained, data, SETTINGS, folder, other, cpu, log=(lines if lines is not None else []).append, method=method)
     return trained.state_dict(), history.drop(columns='samples_per_second')
 

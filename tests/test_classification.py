@@ -12,6 +12,7 @@ import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 
+from helpers import Unplugged, unplug
 from vicc.augment import crop_boxes, crop_views
 from vicc.classification import (FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, Classifier, LabelledClips, accuracy, cached_predict, classify, confusion, crop_choices, fuse, is_best,
                                  middle_clips, per_class_accuracy, predict, predictions_table, split_validation, train_classifier)
@@ -55,19 +56,11 @@ def parts(store, settings):
 
 def same(first: dict, second: dict) -> bool: return all(torch.equal(value, second[name]) for name, value in first.items())
 
-class Unplugged(Exception): pass
-
 @pytest.mark.parametrize('settings', [TINY, replace(TINY, backbone_rate=0., normalise=True, dropout=0.), replace(TINY, validation_fraction=0.)], ids=['fine-tuning', 'probe', 'no validation'])
 def test_killed_and_resumed_ends_with_the_same_weights(store, cpu, settings, tmp_path):
     def run(folder, stop_at=None):
         training, validation = parts(store, settings) if settings.validation_fraction else (LabelledClips(store, store.manifest, 2, 'rgb', 4, views=VIEWS), None)
-        if stop_at is not None:
-            read, seen = training.frames.read, []
-            def unplug(*arguments):
-                seen.append(1)
-                if len(seen) == stop_at: raise Unplugged
-                return read(*arguments)
-            training.frames.read = unplug
+        if stop_at is not None: unplug(training.frames, stop_at)
         classifier = Classifier.from_stream(new_stream(), 2, settings)
         history = train_classifier('x', classifier, training, validation, settings, tmp_path/folder, None, cpu, log=lambda line: None)
         return classifier.state_dict(), history.drop(columns='clips_per_second')

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import Unplugged, unplug
 from vicc.prepare import PrepareSettings, Store, prepare
 from vicc.synthetic import make_moving_shapes
-
-class Unplugged(Exception): pass
 
 def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
     "Three epochs of flow-1 with a queue, broken off in the third if asked to: weights, and this process's queue in the last checkpoint."
@@ -19,13 +18,7 @@ def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
     from vicc.training import StageSettings, train_stage
     accelerator = Accelerator(cpu=True)
     dataset = TwoStreamClips(Store(folder/'store'), None, ('flow',), 8, views=ViewSettings(size=16))
-    if stop:
-        read, asked = dataset.frames.read, []
-        def unplug(*arguments):
-            asked.append(1)
-            if len(asked) > 2*8 + 4: raise Unplugged  # each process reads 8 of the 16 videos an epoch
-            return read(*arguments)
-        dataset.frames.read = unplug
+    if stop: unplug(dataset.frames, 2*8 + 5)  # in the third epoch: each process reads 8 of the 16 videos an epoch
     settings = StageSettings(epochs=3, schedule_epochs=None, batch_size=4, optimiser='adamw', learning_rate=1e-3, final_learning_rate=1e-5, freeze_prototypes_epochs=0,
                              queue_length=16, queue_start_epoch=0)
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import golden_weights
 from vicc.backbones import PAPER_NAMES, accept_paper_names, create_backbone
 from vicc.data import TestClips
 from vicc.evaluation import evaluate_stream
@@ -26,24 +27,9 @@ KEYS = json.loads((GOLDEN/'official_state_dict_keys.json').read_text())
 FEATURES = {'s3d': 1024, 's3dg': 1024, 'r21d': 512}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def golden_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    "The rule of tests/golden: weights that depend on the name alone. S3D's second names get the tensor of the first, as in released files."
-    weights = {}
-    for name, shape in shapes.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        if name.endswith('num_batches_tracked'): weights[name] = torch.zeros(shape, dtype=torch.int64)
-        elif name.endswith('running_var'): weights[name] = 0.5 + torch.rand(shape, generator=generator)
-        elif name.endswith('running_mean'): weights[name] = 0.1*torch.randn(shape, generator=generator)
-        elif len(shape) >= 2: weights[name] = torch.randn(shape, generator=generator)*(2/int(np.prod(shape[1:])))**0.5
-        else: weights[name] = float(name.endswith('weight')) + 0.1*torch.randn(shape, generator=generator)
+def released_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    "Golden weights; S3D's second names get the tensor of the first, as in released files."
+    weights = golden_weights(shapes)
     for place, paper in PAPER_NAMES.items():
         for name in list(weights):
             if name.startswith(f'{paper}.'): weights[name] = weights[place + name[len(paper):]]
@@ -59,7 +45,7 @@ def encoder(backbone: str, first: str, seed: int = 0, dim: int = 8) -> dict[str,
     "An encoder as in a released file, with a small projection."
     size = FEATURES[backbone]
     head = {'2.weight': [size, size, 1, 1, 1], '2.bias': [size], '4.weight': [dim, size, 1, 1, 1], '4.bias': [dim]}
-    state = {f'0.{name}': tensor for name, tensor in golden_weights(KEYS['backbones'][backbone]).items()} | made_up(head, seed)
+    state = {f'0.{name}': tensor for name, tensor in released_weights(KEYS['backbones'][backbone]).items()} | made_up(head, seed)
     return {f'{first}.{name}': tensor + (0 if tensor.dtype == torch.int64 else 0.01*seed) for name, tensor in state.items()}
 
 
@@ -303,7 +289,7 @@ def test_missing_extra_and_misshapen_keys(r21d, write):
 
 
 def test_a_second_name_may_miss_but_not_both():
-    state = golden_weights(KEYS['backbones']['s3d'])
+    state = released_weights(KEYS['backbones']['s3d'])
     head = {'2.weight': torch.zeros(1024, 1024, 1, 1, 1), '2.bias': torch.zeros(1024), '4.weight': torch.zeros(8, 1024, 1, 1, 1), '4.bias': torch.zeros(8)}
     def check(keep):
         tensors = {f'0.{name}': tensor for name, tensor in state.items() if keep(name)} | head

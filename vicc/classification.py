@@ -6,18 +6,15 @@
 __all__ = ['LINEAR_PROBE', 'FINE_TUNING', 'TRAINING_VIEWS', 'VIEWS', 'RELEASED_JITTER', 'check_probabilities', 'accuracy',
            'confusion', 'per_class_accuracy', 'fuse', 'ClassifierSettings', 'Classifier', 'load_classifier',
            'check_labels', 'LabelledClips', 'crop_choices', 'predict', 'split_validation', 'middle_clips',
-           'labels_hash', 'save_progress', 'load_progress', 'train_epoch', 'validate', 'classifier_line', 'is_best',
-           'parameter_groups', 'seeded', 'training_facts', 'finish_training', 'train_classifier', 'cached_predict',
+           'save_progress', 'load_progress', 'train_epoch', 'validate', 'classifier_line', 'is_best',
+           'parameter_groups', 'training_facts', 'finish_training', 'train_classifier', 'cached_predict',
            'predictions_table', 'classify']
 
 # %% ../nbs/14b_classification.ipynb #485b0cda
-import hashlib
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,19 +25,18 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from .augment import ViewSettings, apply_view, crop_boxes, draw_view
 from .backbones import create_backbone
-from .data import Frames, TestClips, collate, sample_generator, set_epoch, training_loader
-from .retrieval import centred_view, clip_parts, clips_hash, weights_hash
+from .data import RandomClips, TestClips, collate, sample_generator, set_epoch, training_loader
+from .retrieval import cached_parts, centred_view, clip_parts, clips_hash, weights_hash
 from .manifests import save_text, split_manifest, write_whole
 from .optim import set_learning_rate
 from .prepare import Store
-from .streams import Stream, save_stream
+from .streams import Stream, load_saved, save_stream
+from .training import seeded, videos_hash
 from .video import clip_indices, random_clip_start
 
 # %% ../nbs/14b_classification.ipynb #2f455be7
@@ -189,16 +185,8 @@ def load_classifier(
     folder: str | os.PathLike,  # made by save_stream or save_pretrained
     device: str | torch.device = 'cpu',  # where to
 ) -> Classifier:  # in eval mode
-    "Load a saved classifier. Raises FileNotFoundError if the folder holds none, ValueError if its weights are of another network."
-    folder = Path(folder)
-    for name in ('config.json', 'model.safetensors'):
-        if not (folder/name).is_file(): raise FileNotFoundError(f'{folder/name} does not exist: give the folder that a classifier was saved to')
-    try:
-        classifier = Classifier(**json.loads((folder/'config.json').read_text(encoding='utf-8')))
-        load_model(classifier, folder/'model.safetensors')
-    except Exception as error:
-        raise ValueError(f'{folder} does not hold the weights of the classifier that its config.json describes ({type(error).__name__}: {str(error).splitlines()[0]})') from error
-    return classifier.to(device).eval()
+    "Load a saved classifier. Raises what vicc.streams.load_saved raises."
+    return load_saved(Classifier, folder, device)
 
 # %% ../nbs/14b_classification.ipynb #469b9421
 TRAINING_VIEWS = ViewSettings(jitter=0.3, grey=0.0, blur=0.0, strong=1.0)  # of classifiers: crops, flips, some colour jitter
@@ -218,7 +206,7 @@ def check_labels(
     return torch.tensor(labels.to_numpy(dtype=np.int64))
 
 # %% ../nbs/14b_classification.ipynb #641ff186
-class LabelledClips(Dataset):
+class LabelledClips(RandomClips):
     "Training samples of a classifier: a random clip of each video, the choices for its view, and the label."
     def __init__(self,
         store: Store,  # a prepared data set
@@ -231,18 +219,8 @@ class LabelledClips(Dataset):
         seed: int = 0,  # of the run
         cache_gib: float = 1.0,  # memory for decoded frames, GiB
     ):
-        if rows.empty: raise ValueError('no videos to train on: the manifest is empty')
-        self.rows, self.labels = rows.reset_index(drop=True), check_labels(rows, num_classes)
-        self.stream, self.clip_length, self.stride, self.views, self.seed, self.epoch = stream, clip_length, stride, views, seed, 0
-        self.frames = Frames(store, self.rows, (stream,), cache_gib)
-
-    def __len__(self) -> int: return len(self.rows)
-
-    def set_epoch(self,
-        epoch: int,  # counted from 0
-    ) -> None:
-        "Move on to another epoch, which draws other clips and views."
-        self.epoch = epoch
+        super().__init__(store, rows, (stream,), clip_length, stride, views, seed, cache_gib)
+        self.stream, self.labels = stream, check_labels(rows, num_classes)
 
     def __getitem__(self, sample: int) -> dict[str, Any]:  # 'sample', 'label', 'views': one dict of choices, and the stream: [T, H, W, C]
         row, rng = self.rows.iloc[sample], sample_generator(self.seed, self.epoch, sample)
@@ -331,13 +309,6 @@ def middle_clips(
     for video, indices in clips.clips: middle.setdefault(video, []).append(indices)
     clips.clips = [(video, several[len(several)//2]) for video, several in middle.items()]
     return clips
-
-# %% ../nbs/14b_classification.ipynb #fea18576
-def labels_hash(
-    rows: pd.DataFrame,  # of a manifest
-) -> str:  # 12 hexadecimal digits
-    "The same for the same videos with the same labels, in any order."
-    return hashlib.sha256('\n'.join(sorted(f'{video}\t{label}' for video, label in zip(rows.video, rows.label))).encode()).hexdigest()[:12]
 
 # %% ../nbs/14b_classification.ipynb #1bb0bf53
 def save_progress(
@@ -447,17 +418,6 @@ def parameter_groups(
     return groups
 
 # %% ../nbs/14b_classification.ipynb #5f243c08
-@contextmanager
-def seeded(
-    settings: ClassifierSettings,  # its seed
-    epoch: int,  # counted from 0
-    accelerator: Accelerator,  # device and process
-) -> Iterator[None]:
-    "torch's own generator, from which dropout draws, starts each epoch anew, and is as before afterwards."
-    with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == 'cuda' else []):
-        torch.manual_seed(int(np.random.SeedSequence((settings.seed, epoch, accelerator.process_index)).generate_state(1)[0]))
-        yield
-
 def training_facts(
     title: str,  # of the training
     classifier: Classifier,  # as it starts
@@ -472,7 +432,7 @@ def training_facts(
     if (settings.backbone_rate == 0) != classifier.frozen: raise ValueError(f'backbone_rate={settings.backbone_rate}, but frozen={classifier.frozen}: make both with the same settings')
     if settings.batch_size % processes: raise ValueError(f'batch_size={settings.batch_size} cannot be shared by {processes} processes: give a multiple')
     if len(training) < settings.batch_size: raise ValueError(f'{len(training)} videos do not fill one batch of {settings.batch_size}: lower batch_size')
-    return dict(title=title, **asdict(settings), videos=labels_hash(training.rows), validation=labels_hash(validation.rows) if validation is not None else '', processes=processes,
+    return dict(title=title, **asdict(settings), videos=videos_hash(training.rows, 'label'), validation=videos_hash(validation.rows, 'label') if validation is not None else '', processes=processes,
                 stream=training.stream, clip_length=training.clip_length, stride=training.stride, views=str(training.views), data_seed=training.seed, crop=crop,
                 start=weights_hash(classifier))
 
@@ -521,7 +481,7 @@ def train_classifier(
         if shared is not loader: shared.set_epoch(epoch)  # accelerate counts epochs of its own
         set_learning_rate(optimiser, settings.rate(epoch))
         row, start = dict(epoch=epoch + 1, learning_rate=settings.rate(epoch)), time.monotonic()
-        with seeded(settings, epoch, accelerator): row |= train_epoch(model, shared, dataset, optimiser, accelerator)
+        with seeded(settings.seed, epoch, accelerator): row |= train_epoch(model, shared, dataset, optimiser, accelerator)
         row['clips_per_second'] = round(len(shared)*settings.batch_size/(time.monotonic() - start), 1)
         if not math.isfinite(row['loss']): raise ValueError(f'{title}: the loss of epoch {epoch + 1} is {row["loss"]}: lower learning_rate={settings.learning_rate}; the rest is in {folder}')
         if validation is not None:
@@ -549,17 +509,9 @@ def cached_predict(
 ) -> Tensor:  # [videos, classes] float32 on the CPU
     "`predict`, read from `folder` as far as it is there. A damaged part is computed again."
     facts = f'{weights_hash(classifier)} {clips_hash(clips)} {views} {crop} {size} {flow_as_image} {(seed, exact_paper) if exact_paper else ""}'
-    place, answers = Path(folder)/hashlib.sha256(facts.encode()).hexdigest()[:16], []
-    place.mkdir(parents=True, exist_ok=True)
-    for part in clip_parts(clips, part_clips):
-        file = place/f'clips-{part.start:08d}-{part.stop:08d}.safetensors'
-        if accelerator is not None: accelerator.wait_for_everyone()  # all must find the same
-        try: answers.append(load_file(file)['probabilities'])
-        except (FileNotFoundError, SafetensorError, KeyError):
-            answers.append(predict(classifier, clips, views, crop, size, accelerator=accelerator, flow_as_image=flow_as_image, exact_paper=exact_paper, seed=seed, part=part, **options))
-            if accelerator is None or accelerator.is_main_process:
-                with write_whole(file) as beside: save_file({'probabilities': answers[-1].contiguous()}, beside)
-    return torch.cat(answers)
+    compute = lambda part: predict(classifier, clips, views, crop, size, accelerator=accelerator, flow_as_image=flow_as_image, exact_paper=exact_paper, seed=seed, part=part, **options)
+    several = {} if accelerator is None else dict(write=accelerator.is_main_process, wait=accelerator.wait_for_everyone)
+    return cached_parts(folder, facts, clip_parts(clips, part_clips), compute, **several)
 
 def predictions_table(
     rows: pd.DataFrame,  # videos with labels, as `clips.kept_rows()` gives them

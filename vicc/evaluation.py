@@ -73,7 +73,6 @@ def evaluate_stream(
     **options: Any,  # batch_size, workers, flow_as_image: see vicc.retrieval.extract_features
 ) -> tuple[dict[str, float], dict[str, Tensor]]:  # numbers: 'R@1', …, 'linear probe' (shares 0–1); and features: 'gallery' [G, F], 'queries' [Q, F]
     "Retrieval and linear probe of one stream. Raises ValueError if a label is missing, the clips are of the other stream, or a crop does not fit."
-    stream = stream.to(device).eval()
     sets = {'gallery': gallery, 'queries': queries}
     for what, clips in sets.items():
         if clips.stream != name: raise ValueError(f"the {what} clips are of the stream '{clips.stream}', not '{name}'")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['centre', 'cosine_similarity', 'nearest_neighbours', 'recall_at_k', 'retrieval_recall', 'centred_view',
-           'extract_features', 'weights_hash', 'clips_hash', 'clip_parts', 'cached_features', 'chance_recall',
-           'OnlineRetrieval']
+           'extract_features', 'weights_hash', 'clips_hash', 'clip_parts', 'cached_parts', 'cached_features',
+           'chance_recall', 'OnlineRetrieval']
 
 # %% ../nbs/11b_retrieval.ipynb #ceb8cf6d
 import hashlib
@@ -155,6 +155,28 @@ def clip_parts(
     return [range(begin, end) for begin, end in zip(cuts, [*cuts[1:], len(videos)])]
 
 # %% ../nbs/11b_retrieval.ipynb #781f509d
+def cached_parts(
+    folder: str | os.PathLike,  # for everything that is kept
+    facts: str,  # all that the answer depends on
+    parts: Sequence[range],  # of clip numbers, see clip_parts
+    compute: Callable[[range], Tensor],  # the answer for a part: [videos, ...] on the CPU
+    write: bool = True,  # False: another process writes
+    wait: Callable[[], Any] = lambda: None,  # called before each part; for several processes, which must all find the same
+) -> Tensor:  # [videos, ...] of all parts
+    "Compute part after part, and read from `folder` what it has already. A damaged part is computed again."
+    place, answers = Path(folder)/hashlib.sha256(facts.encode()).hexdigest()[:16], []
+    place.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        file = place/f'clips-{part.start:08d}-{part.stop:08d}.safetensors'
+        wait()
+        try: answers.append(load_file(file)['values'])
+        except (FileNotFoundError, SafetensorError, KeyError):
+            answers.append(compute(part))
+            if write:
+                with write_whole(file) as beside: save_file({'values': answers[-1].contiguous()}, beside)
+    return torch.cat(answers)
+
+# %% ../nbs/11b_retrieval.ipynb #6d95bdb4
 def cached_features(
     stream: Stream,  # trained or not
     clips: TestClips,  # all clips of the videos
@@ -172,16 +194,7 @@ def cached_features(
     compute = lambda part=None: extract_features(getattr(stream, what), clips, size, crop, device=device, flow_as_image=flow_as_image, part=part, **options)
     if folder is None: return compute()
     facts = f'{weights_hash(stream)} {clips_hash(clips)} {size} {crop} {what} {flow_as_image}'
-    place = Path(folder)/hashlib.sha256(facts.encode()).hexdigest()[:16]
-    place.mkdir(parents=True, exist_ok=True)
-    features = []
-    for part in clip_parts(clips, part_clips):
-        file = place/f'clips-{part.start:08d}-{part.stop:08d}.safetensors'
-        try: features.append(load_file(file)['features'])
-        except (FileNotFoundError, SafetensorError, KeyError):
-            features.append(compute(part))
-            with write_whole(file) as beside: save_file({'features': features[-1].contiguous()}, beside)
-    return torch.cat(features)
+    return cached_parts(folder, facts, clip_parts(clips, part_clips), compute)
 
 # %% ../nbs/11b_retrieval.ipynb #670cc26e
 def chance_recall(

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['VICC', 'StageSettings', 'StageModel', 'frozen_projections', 'EpochMeter', 'make_views', 'StageParts',
-           'RestorableStage', 'Stage', 'save_checkpoint', 'load_checkpoint', 'videos_hash', 'epoch_line', 'train_epoch',
-           'Method', 'train_stage']
+           'RestorableStage', 'Stage', 'save_checkpoint', 'load_checkpoint', 'videos_hash', 'epoch_line', 'seeded',
+           'train_epoch', 'Method', 'train_stage']
 
 # %% ../nbs/12_training.ipynb #39c18bcc
 import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .augment import ViewSettings, apply_view
-from .data import TwoStreamClips, sample_generator, set_epoch, training_loader
+from .data import TwoStreamClips, set_epoch, training_loader
 from .losses import swapped_prediction_loss, view_assignments
 from .manifests import write_whole
 from .optim import OPTIMISERS, cosine_schedule, create_optimiser, set_learning_rate
@@ -278,9 +280,11 @@ def load_checkpoint(
 # %% ../nbs/12_training.ipynb #1de83f70
 def videos_hash(
     rows: pd.DataFrame,  # of a manifest
+    *columns: str,  # what else must be the same, such as 'label'
 ) -> str:  # 12 hexadecimal digits
     "The same for the same videos, in any order."
-    return hashlib.sha256('\n'.join(sorted(rows.video)).encode()).hexdigest()[:12]
+    lines = sorted('\t'.join(map(str, cells)) for cells in zip(rows.video, *(rows[column] for column in columns)))
+    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:12]
 
 def epoch_line(
     row: dict[str, Any],  # of the history
@@ -290,6 +294,17 @@ def epoch_line(
     online = f'  online R@1 {100*row["online_r1"]:.1f} %' if math.isfinite(row['online_r1']) else ''
     return (f'{row["stage"]:16} epoch {row["epoch"]:3}/{stage.settings.epochs}  loss {row["loss"]:.3f} ({stage.reference_name} {row["ln_k"]:.3f})  {stage.describe(row)}'
             f'  {row["samples_per_second"]:.0f} samples/s{online}')
+
+@contextmanager
+def seeded(
+    seed: int,  # of the training
+    epoch: int,  # counted from 0
+    accelerator: Accelerator,  # device and process
+) -> Iterator[None]:
+    "torch's own generator, from which dropout draws, starts each epoch anew, and is as before afterwards."
+    with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == 'cuda' else []):
+        torch.manual_seed(int(np.random.SeedSequence((seed, epoch, accelerator.process_index)).generate_state(1)[0]))
+        yield
 
 def train_epoch(
     stage: Stage,  # to go on with
@@ -301,8 +316,7 @@ def train_epoch(
     steps, total = len(batches), len(batches)*(settings.schedule_epochs or settings.epochs)
     stage.model.train()
     meter, start = stage.meter(), time.monotonic()
-    with torch.random.fork_rng():
-        torch.manual_seed(int(sample_generator(stage.dataset.seed, epoch, accelerator.process_index).integers(2**62)))  # for networks with dropout
+    with seeded(stage.dataset.seed, epoch, accelerator):
         for number, batch in enumerate(batches):
             set_learning_rate(stage.optimiser, rate := cosine_schedule(epoch*steps + number, total, settings.learning_rate, settings.final_learning_rate))
             stage.step(batch, epoch, meter)

@@ -1,0 +1,30 @@
+"What several test files need: the golden weights, and a way to break a training off."
+import zlib
+from typing import Any
+
+import torch
+
+def golden_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    "Weights that depend on the released key name alone, as they were when the golden features were recorded (the rule of tests/golden)."
+    weights = {}
+    for name, shape in shapes.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        if name.endswith('num_batches_tracked'): weights[name] = torch.zeros(shape, dtype=torch.int64)
+        elif name.endswith('running_var'): weights[name] = 0.5 + torch.rand(shape, generator=generator)
+        elif name.endswith('running_mean'): weights[name] = 0.1*torch.randn(shape, generator=generator)
+        elif len(shape) >= 2:
+            weights[name] = torch.randn(shape, generator=generator)
+            weights[name] *= (2/weights[name][0].numel())**0.5
+        else: weights[name] = float(name.endswith('weight')) + 0.1*torch.randn(shape, generator=generator)
+    return weights
+
+class Unplugged(Exception): pass
+
+def unplug(frames: Any, stop_at: int) -> None:
+    "Make a data set's frames fail at the read of this number, as if someone had pulled the plug."
+    read, seen = frames.read, []
+    def fails(*arguments: Any) -> Any:
+        seen.append(1)
+        if len(seen) == stop_at: raise Unplugged
+        return read(*arguments)
+    frames.read = fails
