@@ -89,6 +89,7 @@ def save_stream(
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
+# %% ../nbs/10_streams.ipynb #058b11fa
 def load_saved(
     kind: type[nn.Module],  # a class whose arguments config.json holds: Stream, …
     folder: str | os.PathLike,  # made by save_stream or save_pretrained

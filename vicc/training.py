@@ -295,6 +295,7 @@ def epoch_line(
     return (f'{row["stage"]:16} epoch {row["epoch"]:3}/{stage.settings.epochs}  loss {row["loss"]:.3f} ({stage.reference_name} {row["ln_k"]:.3f})  {stage.describe(row)}'
             f'  {row["samples_per_second"]:.0f} samples/s{online}')
 
+# %% ../nbs/12_training.ipynb #4970c5f5
 @contextmanager
 def seeded(
     seed: int,  # of the training
