@@ -80,6 +80,7 @@ class RandomClips(Dataset):
         "Move on to another epoch, which draws other clips and views."
         self.epoch = epoch
 
+# %% ../nbs/06_data.ipynb #c9365ade
 class TwoStreamClips(RandomClips):
     "Training samples: two clips of a video, in one or both streams, and the choices for both views."
 
