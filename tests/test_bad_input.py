@@ -65,15 +65,16 @@ def test_a_killed_preparation_goes_on(shapes, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # a group of its own: the workers go with it
     try:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob('store/rgb/*/*.mp4')) and process.poll() is None and time.monotonic() < deadline: time.sleep(0.02)
+        while not list(tmp_path.glob('store/rgb/*/[!.]*.mp4')) and process.poll() is None and time.monotonic() < deadline: time.sleep(0.02)
     finally:
         if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert process.returncode == -signal.SIGKILL
-    assert 0 < len(list(tmp_path.glob('store/rgb/*/*.mp4'))) < 3
+    assert 0 < len(list(tmp_path.glob('store/rgb/*/[!.]*.mp4'))) < 3
     with pytest.raises(FileNotFoundError, match='not a finished store'): Store(tmp_path/'store')
-    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob('store/rgb/*/*.mp4')}
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob('store/rgb/*/[!.]*.mp4')}
     store = prepare(tmp_path/'three.csv', shapes['videos'], tmp_path/'store', PrepareSettings(short_side=64, flow_method='tvl1', flow_bound=5), workers=1)
+    assert not list(tmp_path.rglob('*.part.*'))
     assert len(store.manifest) == 3
     assert {path: path.stat().st_mtime_ns for path in done} == done
     for row in store.manifest.itertuples():

@@ -20,7 +20,7 @@ from vicc.manifests import read_manifest
 from vicc.prepare import prepare
 from vicc.streams import Stream, load_stream
 from vicc.synthetic import make_moving_shapes
-from vicc.training import Stage, StageSettings, train_stage
+from vicc.training import Stage, StageSettings, TIMING, train_stage
 
 DEMO = Recipe.read(find_project(os.path.dirname(__file__))/'nbs'/'recipes'/'demo.yaml')
 VALUES = dict(key_queue_length=12, key_momentum=.9, temperature=.1)
@@ -194,7 +194,7 @@ def run(store, cpu, folder, method, other, stop_at=None, lines=None):
     data, trained = clips(store), stream()
     if stop_at is not None: unplug(data.frames, stop_at)
     history = train_stage('rgb-2', 'rgb', trained, data, SETTINGS, folder, other, cpu, log=(lines if lines is not None else []).append, method=method)
-    return trained.state_dict(), history.drop(columns='samples_per_second')
+    return trained.state_dict(), history.drop(columns=list(TIMING))
 
 @pytest.mark.parametrize('name', ['infonce', 'coclr'])
 def test_a_killed_run_goes_on_bit_for_bit(store, cpu, tmp_path, name):

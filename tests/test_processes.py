@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers import Unplugged, unplug
+from two_processes import CASES, two_processes
 from vicc.prepare import PrepareSettings, Store, prepare
 from vicc.synthetic import make_moving_shapes
 
@@ -13,6 +14,7 @@ def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
     "Three epochs of flow-1 with a queue, broken off in the third if asked to: weights, and this process's queue in the last checkpoint."
     from accelerate import Accelerator
     from vicc.augment import ViewSettings
+    from vicc.checkpoints import read_tree
     from vicc.data import TwoStreamClips
     from vicc.streams import Stream
     from vicc.training import StageSettings, train_stage
@@ -24,8 +26,8 @@ def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
     torch.manual_seed(0)
     stream = Stream('small', 8, 16, {'width': 4, 'multipliers': [1, 2], 'spatial_strides': [2, 2], 'temporal_strides': [2, 2]})
     train_stage('flow-1', 'flow', stream, dataset, settings, folder/where, accelerator=accelerator, log=lambda line: None)
-    checkpoint = torch.load(folder/where/f'epoch-0003-process-{accelerator.process_index}.pt', weights_only=True)
-    return stream.state_dict(), checkpoint['own']['queue']
+    checkpoint = read_tree(folder/where/'step-000000006', f'process-{accelerator.process_index}')
+    return stream.state_dict(), checkpoint['stage']['queue']
 
 def work(rank: int, folder: str) -> None:
     "What each process does."
@@ -67,3 +69,14 @@ def test_a_kill_changes_nothing(results, rank):
         if rank and ('running' in name or 'batches' in name): continue  # process 1 goes on with the statistics of process 0
         assert torch.equal(weights[name], weights_again[name]), name
     assert torch.equal(queue['projections'], queue_again['projections'])
+
+@pytest.fixture(scope='module')
+def compared(tmp_path_factory): return two_processes(tmp_path_factory.mktemp('compared')).set_index('case')
+
+@pytest.mark.parametrize('case', [case for case in CASES if 'plain' not in case])
+def test_with_synchronised_batch_norm_two_processes_are_one(compared, case):
+    assert compared.largest_loss_difference[case] < 1e-5
+    assert compared.largest_weight_difference[case] < 1e-4
+
+def test_without_it_they_are_not(compared):
+    assert compared.largest_loss_difference['single, queue, plain batch norm'] > 1e-3

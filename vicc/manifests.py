@@ -15,6 +15,7 @@ __all__ = ['COLUMNS', 'VIDEO_EXTENSIONS', 'UCF101_CLASSES', 'UCF101_LABELS', 'UC
 # %% ../nbs/00_manifests.ipynb #08a3b24c
 import csv
 import os
+import platform
 import re
 import warnings
 from contextlib import contextmanager
@@ -120,7 +121,8 @@ def write_whole(
 ) -> Iterator[Path]:  # where to write instead: a hidden file beside it, with the same ending
     "Use as `with write_whole(path) as part:`. What is written to `part` appears at `path` when the block ends, and not at all if it fails."
     path = Path(path)
-    part = path.with_name(f'.{path.stem}.{os.getpid()}.part{path.suffix}')
+    who = re.sub(r'\W', '-', platform.node()) + f'-{os.getpid()}'  # machines that share a folder may have processes of equal numbers
+    part = path.with_name(f'.{path.stem}.{who}.part{path.suffix}')
     try:
         yield part
         part.replace(path)

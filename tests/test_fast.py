@@ -1,0 +1,91 @@
+"The fast path against the plain one: a whole step of a stage, on the CPU without and with compilation, on a GPU with recorded graphs."
+import copy
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from vicc.backbones import create_backbone
+from vicc.bench import repeated_rows, small_store
+from vicc.data import TwoStreamClips, collate
+from vicc.fast import fast_embed, make_fast, make_plain, mark_step
+from vicc.augment import ViewSettings
+from vicc.streams import Stream
+from vicc.training import Stage, StageSettings
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+needs_compiler = pytest.mark.skipif(shutil.which('c++') is None, reason='no C++ compiler')
+
+
+@pytest.fixture(scope='module')
+def samples(tmp_path_factory):
+    store = small_store(tmp_path_factory.mktemp('fast'), videos=2, height=48, width=64, num_frames=24)
+    dataset = TwoStreamClips(store, repeated_rows(store, 8), clip_length=8, views=ViewSettings(size=32))
+    return dataset, collate([dataset[number] for number in range(8)])
+
+
+def steps(samples, device, compiled, backbone=('small', {'width': 8}), count=3):
+    "Losses of some cross-stream steps, and the weights after them."
+    dataset, batch = samples
+    torch.manual_seed(0)
+    rgb, flow = (Stream(backbone[0], 8, 16, backbone[1]) for _ in range(2))
+    stage = Stage('rgb', rgb, StageSettings(batch_size=8, queue_length=0, optimiser='sgd', learning_rate=0.1), dataset, Accelerator(cpu=device == 'cpu'), flow)
+    if compiled: stage.speed_up()
+    stage.model.train()
+    losses = []
+    for _ in range(count):
+        meter = stage.meter()
+        stage.step(batch, 0, meter)
+        losses.append(meter.loss.item())
+    weights = {name: value.cpu().clone() for name, value in rgb.state_dict().items()}
+    stage.close()
+    return losses, weights
+
+
+@needs_compiler
+def test_compiled_steps_are_the_same(samples):
+    plain, compiled = steps(samples, 'cpu', False), steps(samples, 'cpu', True)
+    assert compiled[0] == pytest.approx(plain[0], rel=1e-4)
+    assert list(plain[1]) == list(compiled[1])
+    for name, value in plain[1].items(): assert torch.allclose(value.float(), compiled[1][name].float(), atol=1e-3), name
+
+
+def test_the_other_stream_and_the_names_stay(samples):
+    stream = Stream('small', 8, 16, {'width': 8})
+    before, kinds = copy.deepcopy(stream.state_dict()), [type(layer) for layer in stream.modules()]
+    clips = torch.randn(2, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0))
+    fast_embed(stream, compiled=False, frozen=True)(clips)
+    assert [type(layer) for layer in stream.modules()] == kinds  # a frozen stream is copied
+    fast_embed(stream, compiled=False)(clips)
+    assert [type(layer) for layer in stream.modules()] != kinds
+    assert [type(layer) for layer in make_plain(stream).modules()] == kinds and all(torch.equal(value, before[name]) for name, value in stream.state_dict().items() if 'running' not in name and 'tracked' not in name)
+
+
+@needs_gpu
+@pytest.mark.parametrize('name', ['s3d', 'r21d'])
+def test_fast_layers_on_a_gpu(name):
+    plain = create_backbone(name).cuda().eval()
+    fast = make_fast(copy.deepcopy(plain))
+    clips = torch.randn(2, 3, 16, 64, 64, device='cuda').to(memory_format=torch.channels_last_3d)
+    with torch.no_grad(): assert torch.allclose(plain(clips), fast(clips), rtol=1e-2, atol=1e-3)
+
+
+@needs_gpu
+def test_recorded_steps_are_the_same(samples):
+    plain, recorded = steps(samples, 'cuda', False, count=6), steps(samples, 'cuda', True, count=6)  # the first steps record
+    assert recorded[0] == pytest.approx(plain[0], rel=1e-2)
+
+
+@needs_gpu
+def test_results_of_one_step_live_through_it():
+    stream = Stream('small', 8, 16, {'width': 8}).cuda().train()
+    embed, generator = fast_embed(stream), torch.Generator('cuda').manual_seed(0)
+    for _ in range(4):
+        mark_step()
+        views = [torch.randn(4, 3, 8, 32, 32, device='cuda', generator=generator) for _ in range(2)]
+        first, second = (embed(view) for view in views)
+        kept = first.clone()
+        embed(views[1])
+        assert torch.equal(first, kept)
+        (first + second).sum().backward()

@@ -1,0 +1,136 @@
+"Killed, asked to end, damaged: a training goes on from what is on disk and ends as if nothing had been."
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from helpers import Unplugged, unplug
+from kill_training import differences, kill_training, prepare_run, start, steps_seen
+from vicc.alternation import Recipe, find_project
+from vicc.augment import ViewSettings
+from vicc.checkpoints import INDEX, checkpoint_folders
+from vicc.data import TwoStreamClips
+from vicc.prepare import prepare
+from vicc.processes import Stopped
+from vicc.streams import Stream
+from vicc.synthetic import make_moving_shapes
+from vicc.training import StageSettings, TIMING, Upkeep, train_stage
+
+DEMO = Recipe.read(find_project(os.path.dirname(__file__))/'nbs'/'recipes'/'demo.yaml')
+SETTINGS = StageSettings(epochs=3, schedule_epochs=None, batch_size=4, optimiser='larc', learning_rate=.3, final_learning_rate=1e-3, freeze_prototypes_epochs=1, queue_length=8, queue_start_epoch=0)
+STEPS = 4  # an epoch
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp('shapes')
+    made = make_moving_shapes(folder/'shapes', 16, 8, threads=1)
+    return prepare(made['train'], made['videos'], folder/'store', DEMO.prepare_settings(), log=lambda line: None)
+
+class Dropping(Stream):
+    "A stream with dropout, so that torch's generator matters."
+    def features(self, clips): return torch.nn.functional.dropout(super().features(clips), .3, self.training)
+
+def train(store, folder, stop_at=None, settings=SETTINGS, upkeep=Upkeep(save_every_steps=1), lines=None, workers=0, **values):
+    data = TwoStreamClips(store, None, ('flow',), 8, views=ViewSettings(size=32))
+    if stop_at is not None: unplug(data.frames, stop_at)
+    torch.manual_seed(0)
+    stream = Dropping('small', 6, 8, {'width': 4})
+    history = train_stage('flow-1', 'flow', stream, data, settings, folder, accelerator=Accelerator(cpu=True), workers=workers, log=(lines if lines is not None else []).append, upkeep=upkeep, **values)
+    return stream.state_dict(), history.drop(columns=list(TIMING))
+
+def assert_same(one, two):
+    assert all(torch.equal(value, two[0][name]) for name, value in one[0].items())
+    assert one[1].equals(two[1])
+
+@pytest.fixture(scope='module')
+def unbroken(store, tmp_path_factory): return train(store, tmp_path_factory.mktemp('unbroken'))
+
+@pytest.mark.parametrize('step', range(1, 3*STEPS))
+def test_a_kill_at_every_step(store, tmp_path, unbroken, step):
+    with pytest.raises(Unplugged): train(store, tmp_path, 4*step + 2)
+    assert (tmp_path/f'step-{step:09d}'/INDEX).is_file()
+    lines = []
+    assert_same(unbroken, train(store, tmp_path, lines=lines))
+    assert f'after epoch {step//STEPS}' in lines[0] and (f'and {step % STEPS} steps' in lines[0]) == (step % STEPS > 0)
+
+def test_saving_within_an_epoch_changes_nothing(store, tmp_path, unbroken):
+    assert_same(unbroken, train(store, tmp_path, upkeep=Upkeep(check_every=1)))
+
+def test_in_parts_too(store, tmp_path):
+    settings = replace(SETTINGS, accumulate=2)
+    whole = train(store, tmp_path/'whole', settings=settings)
+    with pytest.raises(Unplugged): train(store, tmp_path/'broken', 4*6 + 2, settings)
+    assert_same(whole, train(store, tmp_path/'broken', settings=settings))
+
+def damage_newest(folder, name, how):
+    path = checkpoint_folders(folder)[0]/name
+    content = bytearray(path.read_bytes())
+    if how == 'flip': content[len(content)//2] ^= 4; path.write_bytes(bytes(content))
+    elif how == 'truncate': path.write_bytes(bytes(content[:-5]))
+    else: path.unlink()
+
+@pytest.mark.parametrize('name, how', [('shared.safetensors', 'flip'), ('process-0.safetensors', 'truncate'), ('shared.json', 'delete'), (INDEX, 'flip')])
+def test_a_damaged_checkpoint_is_left_out(store, tmp_path, unbroken, name, how):
+    with pytest.raises(Unplugged): train(store, tmp_path, 4*6 + 2)
+    damage_newest(tmp_path, name, how)
+    lines = []
+    with pytest.warns(UserWarning, match=f'step-000000006: .*{name}.*the one before is taken'): again = train(store, tmp_path, lines=lines)
+    assert 'after epoch 1 and 1 steps' in lines[0]
+    assert_same(unbroken, again)
+
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_all_damaged_or_old_or_of_other_settings(store, tmp_path):
+    with pytest.raises(Unplugged): train(store, tmp_path/'a', 4*6 + 2)
+    assert len(checkpoint_folders(tmp_path/'a')) == 2
+    with pytest.raises(ValueError, match='temperature was 0.1, is 0.2'): train(store, tmp_path/'a', settings=replace(SETTINGS, temperature=.2))
+    for place in checkpoint_folders(tmp_path/'a'): (place/'shared.json').unlink()
+    with pytest.raises(ValueError, match='every checkpoint is damaged .*shared.json is missing'): train(store, tmp_path/'a')
+    (tmp_path/'old').mkdir()
+    (tmp_path/'old'/'epoch-0002-process-0.pt').touch()
+    with pytest.raises(ValueError, match='older version'): train(store, tmp_path/'old')
+
+def test_no_pickle_and_as_many_as_asked(store, tmp_path):
+    train(store, tmp_path, upkeep=Upkeep(keep_checkpoints=3))
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ['step-000000012', 'step-000000008', 'step-000000004']
+    assert {path.suffix for path in tmp_path.rglob('*') if path.is_file()} == {'.json', '.safetensors'}
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_end(store, tmp_path, unbroken, number, monkeypatch):
+    "The signal comes during a step; the step is finished."
+    from vicc.training import Stage
+    step, seen = Stage.step, []
+    def slow(self, batch, epoch, meter):
+        seen.append(epoch)
+        if len(seen) == 6: os.kill(os.getpid(), number)
+        step(self, batch, epoch, meter)
+    monkeypatch.setattr(Stage, 'step', slow)
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match='saved after step 2 of epoch 2. Start the same command again') as stopped:
+        train(store, tmp_path, upkeep=Upkeep())
+    assert stopped.value.code == 143 and len(seen) == 6 and signal.getsignal(number) == before
+    monkeypatch.undo()
+    assert_same(unbroken, train(store, tmp_path))
+
+@pytest.mark.timeout(300)
+def test_command_line_ends_with_143_and_goes_on(tmp_path):
+    command = prepare_run(tmp_path, cycles=0, single_epochs_rgb=12, single_epochs_flow=1)
+    process = start(command, tmp_path/'run')
+    deadline = time.monotonic() + 120
+    while steps_seen(tmp_path/'run') < 2 and process.poll() is None and time.monotonic() < deadline: time.sleep(.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, (tmp_path/'run'/'said.txt').read_text()
+    assert 'asked to end by SIGTERM; saved after' in (tmp_path/'run'/'said.txt').read_text()
+    assert start(command, tmp_path/'run').wait(120) == 0
+    assert 'going on after' in (tmp_path/'run'/'said.txt').read_text()
+    assert start(command, tmp_path/'unbroken').wait(120) == 0
+    assert differences(tmp_path/'unbroken', tmp_path/'run') == []
+
+@pytest.mark.timeout(400)
+def test_two_random_kills(tmp_path):
+    table = kill_training(tmp_path, 2, seed=3, cycles=1, single_epochs_rgb=2, single_epochs_flow=1, cross_epochs=1)
+    assert table.killed.any() and table.weights_and_log_identical.all(), table.to_string()
