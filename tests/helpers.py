@@ -1,8 +1,21 @@
-"What several test files need: the golden weights, and a way to break a training off."
+"What several test files need: the golden weights, the demo's recipe and a small store, and a way to break a training off."
 import zlib
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from vicc.alternation import Recipe, find_project
+from vicc.prepare import Store, prepare
+from vicc.synthetic import make_moving_shapes
+
+DEMO = Recipe.read(find_project(__file__)/'nbs'/'recipes'/'demo.yaml')
+
+def shapes_store(folder: Path) -> Store:
+    "Sixteen moving shapes, prepared as the demo does it."
+    torch.set_num_threads(1)
+    made = make_moving_shapes(folder/'shapes', 16, 8, threads=1)
+    return prepare(made['train'], made['videos'], folder/'store', DEMO.prepare_settings(), log=lambda line: None)
 
 def golden_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     "Weights that depend on the released key name alone, as they were when the golden features were recorded (the rule of tests/golden)."

@@ -11,28 +11,21 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from helpers import Unplugged, unplug
-from vicc.alternation import Recipe, alternate, find_project
+from helpers import DEMO, Unplugged, shapes_store, unplug
+from vicc.alternation import alternate
 from vicc.augment import ViewSettings
 from vicc.baselines import METHODS, ContrastiveStage, create_method, multi_positive_nce, recordings
 from vicc.data import TwoStreamClips, collate
 from vicc.manifests import read_manifest
-from vicc.prepare import prepare
 from vicc.streams import Stream, load_stream
-from vicc.synthetic import make_moving_shapes
 from vicc.training import Stage, StageSettings, TIMING, train_stage
 
-DEMO = Recipe.read(find_project(os.path.dirname(__file__))/'nbs'/'recipes'/'demo.yaml')
 VALUES = dict(key_queue_length=12, key_momentum=.9, temperature=.1)
 SETTINGS = StageSettings(epochs=4, schedule_epochs=None, batch_size=8, optimiser='adamw', learning_rate=2e-3, final_learning_rate=1e-5, queue_length=0)
 unit = lambda rows: nn.functional.normalize(rows, dim=-1)
 
 @pytest.fixture(scope='module')
-def store(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp('shapes')
-    made = make_moving_shapes(folder/'shapes', 16, 8, threads=1)
-    return prepare(made['train'], made['videos'], folder/'store', DEMO.prepare_settings(), log=lambda line: None)
+def store(tmp_path_factory): return shapes_store(tmp_path_factory.mktemp('shapes'))
 
 @pytest.fixture(scope='module')
 def cpu(): return Accelerator(cpu=True)

@@ -71,7 +71,7 @@ def test_a_pair_does_not_depend_on_its_batch_and_repeats_exactly():
 
 
 @needs_gpu
-@pytest.mark.skipif(not hasattr(getattr(cv2, 'optflow', None), 'DualTVL1OpticalFlow_create'), reason='OpenCV without contrib modules')
+@pytest.mark.skipif(not vf.opencv_has_tvl1(), reason='OpenCV without contrib modules')
 def test_agrees_with_opencv():
     frames = moving(240, 320, [(1, 2), (3, -1)])
     distance = vf.end_point_error(vf.tvl1(*frames, device='cuda'), vf.tvl1(*frames, backend='opencv'))

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pandas as pd
 import pytest
-from test_video import noise, turned
+from test_video import noise, turned, write_sound
 
 from vicc import prepare as module
 from vicc.flow import dequantise
@@ -133,12 +133,7 @@ def useless(tmp_path_factory):
     write_video(folder/'a.mp4', noise(50))
     (folder/'no_table.mp4').write_bytes((folder/'a.mp4').read_bytes()[:-3000])
     (folder/'a.mp4').unlink()
-    with av.open(str(folder/'sound.mp4'), 'w') as container:
-        stream = container.add_stream('aac', rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format='fltp', layout='mono')
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    write_sound(folder/'sound.mp4')
     return folder
 
 def test_useless_files_are_listed_with_the_reason(useless, tmp_path):

@@ -8,28 +8,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from helpers import Unplugged, unplug
+from helpers import Unplugged, shapes_store, unplug
 from kill_training import differences, kill_training, prepare_run, start, steps_seen
-from vicc.alternation import Recipe, find_project
 from vicc.augment import ViewSettings
 from vicc.checkpoints import INDEX, checkpoint_folders
 from vicc.data import TwoStreamClips
-from vicc.prepare import prepare
 from vicc.processes import Stopped
 from vicc.streams import Stream
-from vicc.synthetic import make_moving_shapes
 from vicc.training import StageSettings, TIMING, Upkeep, train_stage
 
-DEMO = Recipe.read(find_project(os.path.dirname(__file__))/'nbs'/'recipes'/'demo.yaml')
 SETTINGS = StageSettings(epochs=3, schedule_epochs=None, batch_size=4, optimiser='larc', learning_rate=.3, final_learning_rate=1e-3, freeze_prototypes_epochs=1, queue_length=8, queue_start_epoch=0)
 STEPS = 4  # an epoch
 
 @pytest.fixture(scope='module')
-def store(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp('shapes')
-    made = make_moving_shapes(folder/'shapes', 16, 8, threads=1)
-    return prepare(made['train'], made['videos'], folder/'store', DEMO.prepare_settings(), log=lambda line: None)
+def store(tmp_path_factory): return shapes_store(tmp_path_factory.mktemp('shapes'))
 
 class Dropping(Stream):
     "A stream with dropout, so that torch's generator matters."

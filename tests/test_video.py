@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -120,14 +121,18 @@ def test_damaged_files(tmp_path, reader):
     with pytest.raises(FileNotFoundError, match='gone.mp4'): video.read_frames(tmp_path/'gone.mp4', reader=reader)
 
 
-def test_sound_without_pictures(tmp_path):
-    import av
-    with av.open(str(tmp_path/'a.mp4'), 'w') as container:
+def write_sound(path):
+    "A file with sound and no pictures."
+    with av.open(str(path), 'w') as container:
         stream = container.add_stream('aac', rate=16000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format='fltp', layout='mono')
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def test_sound_without_pictures(tmp_path):
+    write_sound(tmp_path/'a.mp4')
     with pytest.raises(video.VideoError, match='no video stream'): video.read_frames(tmp_path/'a.mp4')
     with pytest.raises(video.VideoError, match='no video stream'): video.probe(tmp_path/'a.mp4')
 

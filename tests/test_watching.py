@@ -1,6 +1,5 @@
 "What a run tells while it goes on, and when it gives up: NaN, collapse, too little memory, missing packages."
 import math
-import os
 import sys
 import types
 from dataclasses import replace
@@ -10,26 +9,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from vicc.alternation import Recipe, alternate, find_project
+from helpers import DEMO, shapes_store
+from vicc.alternation import alternate
 from vicc.augment import ViewSettings
 from vicc.baselines import create_method
 from vicc.checkpoints import checkpoint_folders
 from vicc.data import TwoStreamClips
-from vicc.prepare import prepare
 from vicc.streams import Stream
-from vicc.synthetic import make_moving_shapes
 from vicc.training import Stage, StageSettings, Upkeep, train_stage
 
-DEMO = Recipe.read(find_project(os.path.dirname(__file__))/'nbs'/'recipes'/'demo.yaml')
 TINY = replace(DEMO, single_epochs_rgb=2, single_epochs_flow=1, cycles=0, single_batch_size=4, num_prototypes=6, projection_dim=8, backbone_options={'width': 4})
 SETTINGS = StageSettings(epochs=3, schedule_epochs=None, batch_size=4, optimiser='adamw', learning_rate=1e-3, final_learning_rate=1e-5, queue_length=0)
 
 @pytest.fixture(scope='module')
-def store(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp('shapes')
-    made = make_moving_shapes(folder/'shapes', 16, 8, threads=1)
-    return prepare(made['train'], made['videos'], folder/'store', DEMO.prepare_settings(), log=lambda line: None)
+def store(tmp_path_factory): return shapes_store(tmp_path_factory.mktemp('shapes'))
 
 @pytest.fixture(scope='module')
 def cpu(): return Accelerator(cpu=True)

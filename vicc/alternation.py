@@ -74,10 +74,6 @@ class DataRecipe(DataValues):
         return ViewSettings(size=self.view_size, area=(self.view_area, 1), jitter=self.jitter_probability, grey=self.grey_probability, blur=self.blur_probability,
                             strong=self.strong_probability, one_clip=self.one_clip_probability, flow_as_image=self.flow_as_image)
 
-    def prepare_settings(self) -> PrepareSettings:
-        "How the store is made."
-        return PrepareSettings(short_side=self.short_side, flow_method=self.flow_method, flow_bound=self.flow_bound, preset=getattr(self, 'video_preset', 'ultrafast'))
-
     def test_clips(self,
         store: Store,  # prepared videos
         rows: pd.DataFrame,  # some of its videos
@@ -151,6 +147,10 @@ class LaterValues(TrainingValues):
     tensorboard: bool = False  # write curves for TensorBoard
     wandb: bool = False  # send curves to Weights & Biases
     compile: bool = False  # compile the networks: faster on a GPU, after minutes of waiting at the start
+
+    def prepare_settings(self) -> PrepareSettings:
+        "How the store is made."
+        return PrepareSettings(short_side=self.short_side, flow_method=self.flow_method, flow_bound=self.flow_bound, preset=self.video_preset)
 
     def upkeep(self) -> Upkeep:
         "How the run is looked after."

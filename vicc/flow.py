@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMALLEST_SIDE', 'PIXELS_AT_ONCE', 'DIS_PRESETS', 'METHODS', 'FLO_MAGIC', 'sample_along', 'warp', 'flow_to_colour',
-           'colour_wheel', 'end_point_error', 'TVL1Settings', 'opencv_threads', 'image_gradient', 'forward_gradient',
-           'divergence', 'threshold_step', 'dual_step', 'median_filter', 'tvl1_level', 'tvl1_pyramid', 'choose_backend',
-           'tvl1', 'farneback', 'dis', 'raft', 'grey', 'compute_flow', 'quantise', 'dequantise', 'read_flo',
-           'write_flo']
+           'colour_wheel', 'end_point_error', 'TVL1Settings', 'opencv_has_tvl1', 'opencv_threads', 'image_gradient',
+           'forward_gradient', 'divergence', 'threshold_step', 'dual_step', 'median_filter', 'tvl1_level',
+           'tvl1_pyramid', 'choose_backend', 'tvl1', 'farneback', 'dis', 'raft', 'grey', 'compute_flow', 'quantise',
+           'dequantise', 'read_flo', 'write_flo']
 
 # %% ../nbs/03_flow.ipynb #528f0b92
 import math
@@ -192,13 +192,18 @@ def _opencv_flows(
     return _like(np.stack([algorithm.calc(one, two, None).transpose(2, 0, 1) for one, two in pairs]), previous)
 
 
+def opencv_has_tvl1() -> bool:  # True where OpenCV came with its contrib modules
+    "Whether this OpenCV can compute TV-L1."
+    return hasattr(getattr(cv2, 'optflow', None), 'DualTVL1OpticalFlow_create')
+
+
 def _tvl1_opencv(
     previous: np.ndarray | Tensor,  # uint8 [N, H, W]
     following: np.ndarray | Tensor,  # uint8 [N, H, W]
     settings: TVL1Settings,  # the values of TV-L1
 ) -> np.ndarray | Tensor:  # float32 [N, 2, H, W]
     "OpenCV's TV-L1. Raises ImportError where OpenCV has no contrib modules."
-    if not hasattr(getattr(cv2, 'optflow', None), 'DualTVL1OpticalFlow_create'):
+    if not opencv_has_tvl1():
         raise ImportError("this OpenCV has no TV-L1, which is in its contrib modules: 'pip uninstall opencv-python opencv-python-headless', "
                           "then 'pip install --force-reinstall opencv-contrib-python-headless' (or use backend='torch')")
     s = settings
