@@ -333,3 +333,11 @@ def test_stored_tvl1_is_close_to_the_measured_one(tmp_path):
     wanted = module.compute_flow(read_frames(tmp_path/'short.mp4'), 'tvl1').clip(-20, 20)
     stored = dequantise(module.unstack_flow(read_frames(tmp_path/'flow.mp4')).transpose(0, 3, 1, 2), 20)[:-1]
     assert np.abs(stored - wanted).mean() < 0.15
+
+def test_script_without_main_guard(tmp_path):
+    "Every worker imports the script that started it, and would start workers of its own: an error, not an endless run."
+    make_moving_shapes(tmp_path/'shapes', 8, 1)
+    script = tmp_path/'script.py'
+    script.write_text(f'from vicc.prepare import prepare\nfolder = {str(tmp_path)!r}\nprepare(folder + "/shapes/train.csv", folder + "/shapes/videos", folder + "/store", workers=2)\n')
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    assert done.returncode and "__name__ == '__main__'" in done.stderr.splitlines()[-1]
