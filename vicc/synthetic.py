@@ -11,6 +11,7 @@ __all__ = ['CLASSES', 'ShapesSettings', 'Shape', 'Scene', 'draw_motion', 'value_
 import json
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from .manifests import write_manifest
+from .progress import progress
 from .video import write_video
 
 # %% ../nbs/02_synthetic.ipynb #f46e9038
@@ -236,6 +238,7 @@ def make_moving_shapes(
     seed: int = 0,  # the same seed gives the same files
     settings: ShapesSettings = ShapesSettings(),  # frame size, length, speeds
     threads: int | None = None,  # videos rendered side by side; None: one a core
+    log: Callable[[str], None] = print,  # takes a line now and then
 ) -> dict[str, Path]:  # paths: 'videos', 'train' and 'test'
     """Render a moving-shapes data set to H.264 files with two manifests. Classes take turns, so they are equally frequent.
 
@@ -257,7 +260,7 @@ def make_moving_shapes(
                     fps=settings.fps, width=settings.width, height=settings.height)
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for subset, count in (('train', num_train), ('test', num_test)):
-            rows = list(pool.map(make, [subset]*count, range(count)))
+            rows = list(progress(pool.map(make, [subset]*count, range(count)), 'rendered', f'{subset} videos', count, log=log))
             write_manifest(pd.DataFrame(rows), paths[subset])
     made.write_text(wanted)
     return paths
