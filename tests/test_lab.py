@@ -1,6 +1,6 @@
 """Notebooks in a real JupyterLab in a real browser: open, Run All, save, and look at what came out.
 
-Needs Chromium (the system's) and `pip install playwright`; skipped where one of them is missing.
+Needs Chromium (the system's) and `pip install playwright`; skipped where one of them is missing. run_prototypes looks at the run that run_pretrain has left, and its explorer is clicked.
 """
 import os
 import shutil
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -18,7 +19,11 @@ playwright = pytest.importorskip('playwright.sync_api', reason='playwright is no
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 if CHROMIUM is None: pytest.skip('there is no Chromium', allow_module_level=True)
 ROOT = Path(__file__).parents[1]
-TINY = dict(num_train_videos=16, num_test_videos=8, single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=1, cycles=1, single_batch_size=8, cross_batch_size=8, num_prototypes=8, collapse_lesson=False)
+PICTURES = os.environ.get('LAB_PICTURES')  # a folder for screenshots, for people who want to look
+PICTURES = Path(PICTURES) if PICTURES else None
+SMALL = {'run_pretrain.ipynb': dict(num_train_videos=16, num_test_videos=8, single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=1, cycles=1, single_batch_size=8, cross_batch_size=8,
+                                    num_prototypes=8, collapse_lesson=False)}
+WRITTEN = {'run_pretrain.ipynb': ['pretrain/metrics.json', 'pretrain/report.html'], 'run_prototypes.ipynb': ['prototypes/metrics.json', 'prototypes/explorer.html']}
 RUN_ALL = '''async () => {
     await jupyterapp.restored
     const notebook = jupyterapp.shell.currentWidget
@@ -32,7 +37,7 @@ RUN_ALL = '''async () => {
 def lab(tmp_path_factory):
     "A JupyterLab over a copy of the notebooks: its folder, and a function that makes addresses."
     root = tmp_path_factory.mktemp('lab')
-    shutil.copytree(ROOT/'nbs', root/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    shutil.copytree(ROOT/'nbs', root/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints', '_proc'))
     shutil.copy(ROOT/'settings.ini', root)
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -52,31 +57,59 @@ def lab(tmp_path_factory):
             server.terminate()
             server.wait(20)
 
-def run_all(lab, name: str) -> nbformat.NotebookNode:
-    "The notebook, after it was opened, run and saved in JupyterLab."
+def allowed(message: str) -> bool:
+    "Whether the console may say this: JupyterLab's own remarks, of no concern to a notebook."
+    return any(words in message for words in ('favicon', 'jupyterlab-manager', 'translation', 'Failed to load resource', 'news'))
+
+@contextmanager
+def opened(lab, name: str):
+    "A notebook in JupyterLab, all cells run and saved: the page, and what the console complained of."
     root, address = lab
+    complaints = []
     with playwright.sync_playwright() as tool:
         browser = tool.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--no-first-run'])
         page = browser.new_page(viewport=dict(width=1300, height=1000))
-        page.set_default_timeout(300_000)
+        page.set_default_timeout(400_000)
+        page.on('console', lambda message: complaints.append(message.text) if message.type == 'error' and not allowed(message.text) else None)
+        page.on('pageerror', lambda error: complaints.append(str(error)))
         page.goto(address(f'lab/tree/nbs/{name}') + '&reset')
         page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
         page.evaluate(RUN_ALL)
+        yield page, complaints
+        page.screenshot(path=PICTURES/f'{Path(name).stem}.png') if PICTURES else None
         browser.close()
-    return nbformat.read(root/'nbs'/name, 4)
 
-@pytest.mark.parametrize('name', ['08_prototypes.ipynb', 'run_pretrain.ipynb'])
-@pytest.mark.timeout(500)
-def test_runs_in_jupyterlab(lab, name):
-    path = lab[0]/'nbs'/name
+def explore(page) -> None:
+    "Choose another group and another entry in the explorer, and step on: each time other clips must show."
+    menus, seen = page.locator('.widget-dropdown select'), set()
+    view = page.locator('.widget-html-content', has=page.locator('img')).last
+    menus.first.scroll_into_view_if_needed()
+    for action in (lambda: None, lambda: menus.nth(0).select_option(index=1), lambda: menus.nth(1).select_option(index=1), lambda: page.locator('button.jupyter-button', has_text='›').click()):
+        action()
+        deadline = time.monotonic() + 20
+        while view.inner_html() in seen and time.monotonic() < deadline: page.wait_for_timeout(100)
+        assert view.inner_html() not in seen, 'the explorer shows what it showed before'
+        seen.add(view.inner_html())
+
+def emptied(path: Path) -> None:
+    "Take the outputs out of a notebook, and make it small."
     notebook = nbformat.read(path, 4)
     for cell in notebook.cells:
         if cell.cell_type == 'code': cell.outputs, cell.execution_count = [], None
-        if 'parameters' in cell.metadata.get('tags', []): cell.source += '\n' + '\n'.join(f'{key} = {value!r}' for key, value in TINY.items())
+        if 'parameters' in cell.metadata.get('tags', []): cell.source += '\n' + '\n'.join(f'{key} = {value!r}' for key, value in SMALL.get(path.name, {}).items())
     nbformat.write(notebook, path)
-    code = [cell for cell in run_all(lab, name).cells if cell.cell_type == 'code' and cell.source]
-    outputs = [output for cell in code for output in cell.outputs]
-    assert [output.evalue for output in outputs if output.output_type == 'error'] == []
-    assert all(cell.execution_count for cell in code)
-    assert any('image/png' in output.get('data', {}) for output in outputs)
-    if name == 'run_pretrain.ipynb': assert (lab[0]/'runs'/'pretrain'/'metrics.json').is_file()
+
+@pytest.mark.parametrize('names', [['08_prototypes'], ['09_losses'], ['15b_explorer'], ['run_pretrain', 'run_prototypes']], ids=lambda names: names[-1])
+@pytest.mark.timeout(800)
+def test_runs_in_jupyterlab(lab, names):
+    for path in [lab[0]/'nbs'/f'{name}.ipynb' for name in names]:
+        emptied(path)
+        with opened(lab, path.name) as (page, complaints):
+            if path.stem == 'run_prototypes': explore(page)
+        code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == 'code' and cell.source]
+        outputs = [output for cell in code for output in cell.outputs]
+        assert [output.evalue for output in outputs if output.output_type == 'error'] == []
+        assert complaints == []
+        assert all(cell.execution_count for cell in code)
+        assert any('image/png' in output.get('data', {}) for output in outputs)
+        for file in WRITTEN.get(path.name, ()): assert (lab[0]/'runs'/file).is_file()

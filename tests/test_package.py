@@ -1,8 +1,13 @@
-"The package imports without the development packages."
+"The package imports without the development packages, and explains itself."
+import importlib
+import inspect
+import pkgutil
 import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 CODE = '''
@@ -22,3 +27,29 @@ def test_imports_without_development_packages():
     names = {requirement.split('=')[0].split('>')[0] for requirement in config['DEFAULT']['dev_requirements'].split()}
     result = subprocess.run([sys.executable, '-c', CODE.replace('{names}', repr(names))], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+def undocumented(module) -> list[str]:
+    "Public names of a module whose help() would leave a question open: no words, or a parameter or result without a type."
+    found = [] if module.__doc__ else [module.__name__]
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if getattr(thing, '__module__', '') != module.__name__ or not (inspect.isfunction(thing) or inspect.isclass(thing)): continue
+        own = {name: thing} if inspect.isfunction(thing) else {f'{name}.{method}': function for method, function in vars(thing).items() if inspect.isfunction(function)
+                                                              and not method.startswith('_') and not any(hasattr(base, method) for base in thing.__bases__)}
+        if inspect.isclass(thing) and '__init__' in vars(thing): found += [f'{module.__name__}.{name}({parameter}: ?)' for parameter in untyped(thing.__init__)]
+        found += [f'{module.__name__}.{place} says nothing' for place, said in {name: thing, **own}.items() if not said.__doc__ or said.__doc__.startswith(f'{name}(')]
+        for place, function in own.items():
+            found += [f'{module.__name__}.{place}({parameter}: ?)' for parameter in untyped(function)]
+            if inspect.signature(function).return_annotation is inspect.Signature.empty: found.append(f'{module.__name__}.{place} -> ?')
+    return found
+
+def untyped(function) -> list[str]:
+    "Parameters without a type."
+    return [parameter.name for parameter in inspect.signature(function).parameters.values() if parameter.annotation is parameter.empty and parameter.name not in ('self', 'cls')]
+
+@pytest.mark.parametrize('name', [module.name for module in pkgutil.iter_modules([str(ROOT/'vicc')]) if not module.name.startswith('_')])
+def test_help_of_every_public_name(name):
+    assert undocumented(importlib.import_module(f'vicc.{name}')) == []
+
+def test_types_are_there_for_users():
+    assert (ROOT/'vicc'/'py.typed').is_file()

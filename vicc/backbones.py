@@ -14,6 +14,7 @@ import difflib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torchvision
@@ -173,7 +174,7 @@ def accept_paper_names(
     module: nn.Module, # the S3D that is about to load
     state_dict: dict[str, Tensor], # what is given to it; paper names are replaced here, in place
     prefix: str, # where the S3D sits in a larger network, e.g. 'backbone.'
-    *_, # the rest of what PyTorch hands to such a hook
+    *_: Any, # the rest of what PyTorch hands to such a hook
 ) -> None:
     "Rename `Mixed_3b.…` to `block3.1.…` and so on, before loading. Where both are given the place in the stage counts, as in the released code."
     for place, name in PAPER_NAMES.items():
@@ -325,7 +326,7 @@ class TorchvisionBackbone(Backbone):
         self,
         name: str, # as torchvision calls it, e.g. 'r2plus1d_18'
         weights: str | None = None, # e.g. 'KINETICS400_V1' or 'DEFAULT' (downloads them); None: torchvision's random start values
-        **options, # passed on to torchvision
+        **options: Any, # passed on to torchvision
     ):
         super().__init__()
         self.name, self.network = name, torchvision.models.get_model(name, weights=weights, **options)
@@ -363,7 +364,7 @@ def list_backbones() -> list[str]: # names that `create_backbone` takes
 # %% ../nbs/07_backbones.ipynb #dbf4ff55
 def create_backbone(
     name: str, # one of `list_backbones()`
-    **options, # for that network, e.g. width=16 for 'small', weights='DEFAULT' for 'torchvision:…'
+    **options: Any, # for that network, e.g. width=16 for 'small', weights='DEFAULT' for 'torchvision:…'
 ) -> Backbone: # with num_features, forward_features(clips) [B, F, t, h, w] and forward(clips) [B, F]
     "Build a backbone by name. Raises ValueError for an unknown name (with the nearest one) or an unknown option."
     if name not in list_backbones():

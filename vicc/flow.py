@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -386,7 +387,7 @@ def tvl1(
     backend: str = 'auto',  # 'opencv' (CPU), 'torch' (any device), 'triton' (CUDA, fast), 'auto': triton on CUDA, opencv on the CPU
     device: str | torch.device | None = None,  # where to compute; None: where the frames are
     pairs_at_once: int | None = None,  # pairs computed together: speed against memory; None: by their size
-    **options,  # fields of TVL1Settings, such as scales=3
+    **options: Any,  # fields of TVL1Settings, such as scales=3
 ) -> np.ndarray | Tensor:  # float32 [N, 2, H, W] pixels (x, y); NumPy for NumPy, else a tensor on the frames' device
     """TV-L1 optical flow. Raises ValueError for wrong frames, an unknown backend or an unknown option, ImportError without OpenCV's contrib
     modules or without Triton. Source: Zach, Pock and Bischof 2007, "A duality based approach for realtime TV-L1 optical flow"."""
@@ -470,7 +471,7 @@ METHODS = {'tvl1': tvl1, 'farneback': farneback, 'dis': dis, 'raft': raft}  # na
 def compute_flow(
     frames: np.ndarray | Tensor,  # uint8 [T, H, W, 3] RGB, T at least 2
     method: str = 'tvl1',  # a name in METHODS
-    **options,  # passed on to the method; raft needs model=
+    **options: Any,  # passed on to the method; raft needs model=
 ) -> np.ndarray | Tensor:  # float32 [T-1, 2, H, W] pixels (x, y); field t points from frame t to frame t + 1
     "Optical flow between consecutive frames of a video. Raises ValueError for an unknown method, wrong frames or fewer than two of them."
     if method not in METHODS: raise ValueError(f"unknown flow method '{method}': there are {list(METHODS)}")
