@@ -4,6 +4,8 @@ from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
+import papermill
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from vicc import bench
 from vicc.alternation import Recipe, find_project
 from vicc.prepare import Store
 
+NOTEBOOK = find_project(__file__)/'nbs'/'run_profile.ipynb'
+RESULTS = find_project(__file__)/'nbs'/'results'
 RECIPES = sorted((find_project(__file__)/'nbs'/'recipes').glob('*.yaml'))
 SMALL = dict(batch_size=2, clip_length=8, repeats=2)
 
@@ -45,13 +49,15 @@ def test_rows_hold_the_median_and_what_it_depends_on():
 
 def test_all_parts_with_seconds_of_one(one_second):
     table = bench.run(quick=True)
-    values = {f'{row.part} {row.name}': row.value for row in table[table.unit != 'px'].itertuples()}
-    clips = values.pop('evaluation small')
+    timed = table[table.unit.str.endswith('/s')]
+    values = {f'{row.part} {row.name}': row.value for row in timed[timed.part != 'epoch'].itertuples()}
+    clips = [values.pop(f'evaluation small {way}') for way in ('in batches', 'one video at a time')]
     assert values == {**{f'flow {name}': 2 for name in bench.available_methods()}, 'loader decode rgb': 2, 'loader decode flow': 2, 'loader workers 0': 4, 'loader workers 1': 4,
                       'step small single': 2, 'step small cross': 2}
-    assert clips == 4*2  # 4 videos of 32 frames: clips start at 0 and 15
-    assert all({'threads', 'repeats', 'spread'} <= set(settings) and settings['spread'] == 0 for settings in table[table.unit != 'px'].settings)
-    assert set(table.unit) == {'pairs/s', 'clips/s', 'samples/s', 'px'} and table.attrs['machine']['cores'] >= 1
+    assert clips == [4*2]*2  # 4 videos of 32 frames: clips start at 0 and 15
+    assert all({'threads', 'repeats', 'spread'} <= set(settings) and settings['spread'] == 0 for settings in timed.settings)
+    assert timed[timed.part == 'epoch'].name.tolist() == ['small single', 'small cross'] and table.set_index('name').value['small largest difference'] < 1e-3
+    assert set(table.unit) == {'pairs/s', 'clips/s', 'samples/s', 'px', '%', 'of length 1'} and table.attrs['machine']['cores'] >= 1
 
 
 def test_parts_alone(one_second, store):
@@ -60,7 +66,8 @@ def test_parts_alone(one_second, store):
     assert [(row['name'], row['value']) for row in rows] == [('decode rgb', 2), ('workers 0', 4)] and rows[1]['settings']['streams'] == 'rgb'
     rows = bench.bench_step(store, ['small'], ['cross'], view_size=16, num_prototypes=4, warm_up=0, **SMALL)
     assert [(row['name'], row['settings']['clip'], row['settings']['precision']) for row in rows] == [('small cross', '8×16×16', 'no')]
-    assert bench.bench_evaluation(store, ['small'], view_size=16, **SMALL)[0]['settings']['batch_size'] == 2
+    batched, plain, difference = bench.bench_evaluation(store, ['small'], view_size=16, few=1, **SMALL)
+    assert (batched['value'], plain['value'], batched['settings']['batch_size'], plain['settings']['batch_size']) == (2*plain['value'], plain['value'], 2, 1) and difference['value'] < 1e-3
 
 
 def test_a_step_trains_the_stream_and_leaves_the_other(one_second, store, monkeypatch):
@@ -74,6 +81,49 @@ def test_a_step_trains_the_stream_and_leaves_the_other(one_second, store, monkey
     stage, own, other = stages[0]
     assert any((stage.stream.state_dict()[name] != value).any() for name, value in own.items() if name.endswith('weight'))
     assert all(torch.equal(stage.other.state_dict()[name], value) for name, value in other.items())
+
+
+def test_an_epoch_is_fed_from_the_store(one_second, store):
+    rows = bench.bench_epoch(store, ['small'], batch_size=2, clip_length=8, view_size=16, num_prototypes=4, workers=1, seconds=3)
+    assert [(row['name'], row['unit']) for row in rows[::2]] == [('small single', 'samples/s'), ('small cross', 'samples/s')]
+    assert all(row['settings']['steps'] == 3 and row['settings']['workers'] == 1 and row['value'] > 0 for row in rows)  # a step takes a second, says the clock
+    assert all(row['unit'] == '%' and 0 < row['value'] <= 100 for row in rows[1::2])
+
+
+def measured(part, value, name='', **settings):
+    return dict(part=part, name=name, value=value, unit='samples/s', settings=settings)
+
+
+def test_beside_the_released_code(capsys):
+    shape = dict(backbone='s3d', clip='32×128×128')
+    rows = [measured('step', 460., 's3d cross', kind='cross', **shape), measured('step', 900., 's3d single', kind='single', **shape), measured('step', 5., 'tiny', kind='cross', backbone='small', clip='8×32×32'),
+            measured('epoch', 195., 's3d cross', kind='cross', **shape), measured('epoch', 390., 's3d single', kind='single', **shape), measured('loader', 78., 'workers 16', streams='rgb,flow', clip_length=32, workers=16)]
+    table = pd.DataFrame(rows)
+    table.attrs['machine'] = dict(gpu='a GPU', cores=16)
+    beside = bench.beside_released(table, bench.released_speeds(RESULTS/'released_speed.csv')).set_index(['part', 'what'])
+    assert beside['samples/s'][[('step', 'released code'), ('loader', 'released code'), ('epoch', 'released code')]].tolist() == ['115', '39', '39']
+    own = beside[beside.machine == 'here: a GPU, 16 cores']
+    assert own['times the released code'].to_dict() == {('loader', 'vicc, workers 16'): '2', ('step', 'vicc, s3d cross'): '4', ('epoch', 'vicc, s3d cross'): '5'}
+    bench.show_report(table)
+    printed = capsys.readouterr().out
+    assert 'Beside the released code' in printed and 'vicc, workers 16' in printed and 'ucf101_s3d' in printed and 'Kinetics-400' in printed
+    bench.show_report(table.iloc[[2]])
+    assert 'Beside' not in (printed := capsys.readouterr().out) and 'Hours' not in printed
+
+
+def test_every_released_speed_says_where_it_comes_from():
+    released = pd.read_csv(RESULTS/'released_speed.csv')
+    assert released.source.str.startswith('measured by us').all() and (released.machine == 'one H100, 16 cores').all() and (released.low <= released.high).all()
+
+
+def test_hours_of_recipes():
+    shape = dict(backbone='s3d', clip='32×128×128')
+    steps = pd.DataFrame([measured('step', 100., kind='single', **shape), measured('step', 50., kind='cross', **shape)])
+    hours = bench.recipe_hours(steps, RECIPES[0].parent).set_index('data')
+    assert hours.recipe.tolist() == ['ucf101_s3d']*2 and hours['from'].tolist() == ['step']*2
+    assert np.isclose(hours['whole recipe [h]']['UCF101 split 1'], (600*9504/100 + 400*9528/50)/3600) and np.isnan(hours['whole recipe [h]']['Kinetics-400'])
+    assert np.isclose(hours['epoch of single [h]']['Kinetics-400'], 240_000/100/3600)
+    assert bench.recipe_hours(steps.head(1), RECIPES[0].parent).empty  # no cross-stream speed
 
 
 def test_one_worker_more_reads_the_same_number_of_rounds(one_second, store):
@@ -101,7 +151,7 @@ def test_hours_refuse_what_cannot_be():
 
 
 @pytest.mark.parametrize('values, message', [
-    (dict(parts=['steps']), "unknown part 'steps': choose flow, loader, step, evaluation"),
+    (dict(parts=['steps']), "unknown part 'steps': choose flow, loader, step, epoch, evaluation"),
     (dict(parts=[]), 'at least one'),
     (dict(backbones=['s4d']), "unknown backbone 's4d': choose s3d"),
     (dict(device='gpu'), "device 'gpu'"),
@@ -116,7 +166,7 @@ def test_command(one_second, store, tmp_path, capsys):
     bench.main(['loader', 'flow', '--quick', '--device', 'cpu', '--store', str(store.path), '--output', str(tmp_path/'bench.json')])
     written, printed = json.loads((tmp_path/'bench.json').read_text()), capsys.readouterr().out
     assert [row['name'] for row in written['rows']] == [*2*bench.available_methods(), 'tvl1 (torch) to OpenCV, mean', 'tvl1 (torch) to OpenCV, median', 'decode rgb', 'decode flow', 'workers 0', 'workers 1']
-    assert [written['rows'][place]['settings']['size'] for place in (0, 4, 10)] == ['48×64', '24×32', '48×64'] and written['machine'] == json.loads(json.dumps(bench.machine()))
+    assert [written['rows'][place]['settings']['size'] for place in (0, 4, 10)] == ['48×64', '24×32', '48×64'] and written['machine'].pop('load_at_start') >= 0 and written['machine'] == json.loads(json.dumps(bench.machine()))
     assert all(row['name'] in printed for row in written['rows']) and 'torch:' in printed
     assert [path.name for path in tmp_path.iterdir()] == ['bench.json']
 
@@ -130,7 +180,7 @@ def test_command_refuses(words, message, capsys):
 def test_help(capsys):
     with pytest.raises(SystemExit) as ended: bench.main(['--help'])
     text = capsys.readouterr().out
-    assert ended.value.code == 0 and all(f'--{name}' in text for name in ('videos', 'true-flow', 'output', 'quick', 'device', 'precision', 'backbones', 'batch-size', 'view-size', 'workers', 'store', 'threads'))
+    assert ended.value.code == 0 and all(f'--{name}' in text for name in ('videos', 'true-flow', 'output', 'quick', 'device', 'precision', 'backbones', 'batch-size', 'view-size', 'workers', 'store', 'threads', 'seconds', 'steps'))
 
 
 def test_small_store_is_a_store(store):
@@ -138,3 +188,14 @@ def test_small_store_is_a_store(store):
     assert len(again.manifest) == 2 and again.settings.short_side == 48
     for row in again.manifest.itertuples():
         for stream, channels in (('rgb', 3), ('flow', 2)): assert again.read(row.video, stream).shape == (24, 48, 64, channels)
+
+
+def test_profile_notebook(tmp_path):
+    values = dict(recipe_file=str(tmp_path/'tiny.yaml'), num_videos=8, epochs=1, workers=[0], output=str(tmp_path/'out'), results_file=str(tmp_path/'copy.csv'))
+    Recipe.read(find_project(__file__)/'nbs'/'recipes'/'demo.yaml', backbone_options=dict(width=4), single_batch_size=4, cross_batch_size=4, num_prototypes=6, projection_dim=8).write(tmp_path/'tiny.yaml')
+    papermill.execute_notebook(NOTEBOOK, tmp_path/'out.ipynb', values, progress_bar=False, cwd=NOTEBOOK.parent)
+    table = pd.read_csv(tmp_path/'copy.csv')
+    assert np.allclose(table.groupby('step').share.sum(), 1, atol=1e-2) and set(table.step) == {'single', 'cross'} and (table.samples_per_second > 0).all()
+    parts = table.set_index(['step', 'part']).ms_per_step
+    assert parts['single', 'frozen stream'] == 0 and all(parts['cross', name] > 0 for name in ('read clips', 'pack batch', 'views', 'frozen stream', 'forward', 'backward', 'optimiser', 'Sinkhorn and loss'))
+    assert {path.name for path in (tmp_path/'out').iterdir()} == {'profile.png', 'operators.csv', 'loading.csv'}

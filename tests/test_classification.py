@@ -13,11 +13,13 @@ import torch.multiprocessing as mp
 from accelerate import Accelerator
 
 from helpers import Unplugged, unplug
-from vicc.augment import crop_boxes, crop_views
+from vicc.augment import apply_view, crop_boxes, crop_views, draw_view
 from vicc.classification import (FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, Classifier, LabelledClips, accuracy, cached_predict, classify, confusion, crop_choices, fuse, is_best,
                                  middle_clips, per_class_accuracy, predict, predictions_table, split_validation, train_classifier)
-from vicc.data import TestClips
+from vicc.data import TestClips, sample_generator, set_epoch, training_loader
+from vicc.retrieval import evaluation_copy, extract_features
 from vicc.streams import Stream
+from vicc.video import VideoError, clip_indices, random_clip_start
 
 VIEWS = replace(TRAINING_VIEWS, size=16, area=(.5, 1))
 TINY = replace(FINE_TUNING, epochs=4, drops=(3,), batch_size=8, dropout=.5, learning_rate=.05, validation_fraction=.25)
@@ -99,6 +101,44 @@ def test_ten_crops_are_the_mean_of_ten_passes_for_each_size(store):
             with torch.no_grad(): by_hand = classifier(views.flatten(0, 1)).softmax(1).mean(0)
             torch.testing.assert_close(answer[video], by_hand, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match='does not fit'): predict(classifier, clips_of(store), 'ten', 30, 16)
+
+@pytest.mark.parametrize('stream', ['rgb', 'flow'])
+def test_views_of_a_batch_are_those_of_a_plain_reader(store, stream):
+    clips = LabelledClips(store, store.manifest, 2, stream, 4, views=VIEWS, seed=3)
+    loader = training_loader(clips, 24)
+    set_epoch(loader, 2)
+    [batch] = loader
+    made = apply_view(batch[stream][:, 0], batch['views'][0], VIEWS, stream)
+    for place, sample in enumerate(batch['sample'].tolist()):
+        row, rng = store.manifest.iloc[sample], sample_generator(3, 2, sample)
+        view = {name: torch.from_numpy(value)[None] for name, value in draw_view(VIEWS, row.height, row.width, True, rng).items()}
+        indices = clip_indices(row.num_frames, 4, random_clip_start(row.num_frames, 4, rng))
+        plain = apply_view(torch.from_numpy(store.read(row.video, stream, indices))[None], view, VIEWS, stream)[0]
+        torch.testing.assert_close(made[place], plain, atol=1e-4, rtol=0)
+    assert batch['label'].tolist() == store.manifest.label.to_numpy()[batch['sample']].tolist()
+
+def test_a_video_that_cannot_be_read_is_replaced_and_told(cpu, tmp_path):
+    store, settings, lines = MadeUpStore(24), replace(TINY, epochs=1, drops=(), validation_fraction=0.), []
+    training = LabelledClips(store, store.manifest, 2, 'rgb', 4, views=VIEWS)
+    read = training.frames.read
+    def fails(video: str, *arguments):
+        if video == 'v3.mp4': raise VideoError('v3.mp4 is damaged')
+        return read(video, *arguments)
+    training.frames.read = fails
+    item = training[3]
+    assert item['label'] == store.manifest.label[item['sample']] and item['sample'] != 3 and item['replaced'] == [('v3.mp4', 'v3.mp4 is damaged')]
+    train_classifier('x', Classifier.from_stream(new_stream(), 2, settings), training, None, settings, tmp_path, None, cpu, log=lines.append)
+    assert any('v3.mp4: v3.mp4 is damaged' in line for line in lines)
+
+def test_a_copy_for_evaluation_gives_the_same_features(store):
+    stream, clips = new_stream().train(), clips_of(store)
+    with torch.no_grad(): stream.features(torch.randn(8, 3, 4, 16, 16))  # statistics of its own
+    stream.eval()
+    plain, fast = (extract_features(encoder, clips, 16, 20) for encoder in (stream.features, evaluation_copy(stream).features))
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=0)
+    rough = extract_features(evaluation_copy(stream).features, clips, 16, 20, precision='bf16')
+    assert not torch.equal(rough, fast) and (rough - plain).abs().max() < .02
+    with pytest.raises(ValueError, match="precision='half' is not one of"): extract_features(stream.features, clips, precision='half')
 
 def test_flow_as_image_keeps_the_sign_of_flipped_flow(store):
     classifier = Classifier.from_stream(new_stream(), 2, TINY).eval()

@@ -11,8 +11,8 @@ from vicc.bench import repeated_rows, small_store
 from vicc.data import TwoStreamClips, collate
 from vicc.fast import fast_embed, make_fast, make_plain, mark_step
 from vicc.augment import ViewSettings
+from vicc.stage import Stage, StageSettings
 from vicc.streams import Stream
-from vicc.training import Stage, StageSettings
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 needs_compiler = pytest.mark.skipif(shutil.which('c++') is None, reason='no C++ compiler')

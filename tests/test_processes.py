@@ -1,6 +1,7 @@
 "A training stage on two processes: one network, two queues, and the same weights after a kill as without one."
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
     from vicc.augment import ViewSettings
     from vicc.checkpoints import read_tree
     from vicc.data import TwoStreamClips
+    from vicc.stage import StageSettings
     from vicc.streams import Stream
-    from vicc.training import StageSettings, train_stage
+    from vicc.training import train_stage
     accelerator = Accelerator(cpu=True)
     dataset = TwoStreamClips(Store(folder/'store'), None, ('flow',), 8, views=ViewSettings(size=16))
     if stop: unplug(dataset.frames, 2*8 + 5)  # in the third epoch: each process reads 8 of the 16 videos an epoch
@@ -31,6 +33,8 @@ def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
 
 def work(rank: int, folder: str) -> None:
     "What each process does."
+    from accelerate import Accelerator
+    from vicc.training import loader_line
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=Path(folder, 'port').read_text(), ACCELERATE_USE_CPU='true')
     torch.set_num_threads(1)
     unbroken = train(Path(folder), 'unbroken', False)
@@ -38,7 +42,8 @@ def work(rank: int, folder: str) -> None:
     except Unplugged: pass
     else: raise AssertionError('was not broken off')
     torch.distributed.barrier()
-    torch.save((unbroken, train(Path(folder), 'broken', False)), Path(folder)/f'{rank}.pt')
+    told = loader_line(SimpleNamespace(replaced=[(f'{rank}.avi', 'is empty')], restarts=rank), Accelerator(cpu=True))
+    torch.save((unbroken, train(Path(folder), 'broken', False), told), Path(folder)/f'{rank}.pt')
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
@@ -64,11 +69,14 @@ def test_each_process_has_a_queue_of_its_own(results):
 
 @pytest.mark.parametrize('rank', [0, 1])
 def test_a_kill_changes_nothing(results, rank):
-    (weights, queue), (weights_again, queue_again) = results[rank]
+    (weights, queue), (weights_again, queue_again), _ = results[rank]
     for name in weights:
         if rank and ('running' in name or 'batches' in name): continue  # process 1 goes on with the statistics of process 0
         assert torch.equal(weights[name], weights_again[name]), name
     assert torch.equal(queue['projections'], queue_again['projections'])
+
+def test_what_could_not_be_read_is_told_for_all(results):
+    assert results[0][2] == results[1][2] == '2 video(s) could not be read, and others took their place: 0.avi: is empty; 1.avi: is empty; 1 dead reading process(es) started again'
 
 @pytest.fixture(scope='module')
 def compared(tmp_path_factory): return two_processes(tmp_path_factory.mktemp('compared')).set_index('case')

@@ -14,8 +14,9 @@ from vicc.augment import ViewSettings
 from vicc.checkpoints import INDEX, checkpoint_folders
 from vicc.data import TwoStreamClips
 from vicc.processes import Stopped
+from vicc.stage import Stage, StageSettings
 from vicc.streams import Stream
-from vicc.training import StageSettings, TIMING, Upkeep, train_stage
+from vicc.training import TIMING, Upkeep, train_stage
 
 SETTINGS = StageSettings(epochs=3, schedule_epochs=None, batch_size=4, optimiser='larc', learning_rate=.3, final_learning_rate=1e-3, freeze_prototypes_epochs=1, queue_length=8, queue_start_epoch=0)
 STEPS = 4  # an epoch
@@ -94,7 +95,6 @@ def test_no_pickle_and_as_many_as_asked(store, tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
 def test_asked_to_end(store, tmp_path, unbroken, number, monkeypatch):
     "The signal comes during a step; the step is finished."
-    from vicc.training import Stage
     step, seen = Stage.step, []
     def slow(self, batch, epoch, meter):
         seen.append(epoch)

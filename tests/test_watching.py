@@ -1,5 +1,6 @@
 "What a run tells while it goes on, and when it gives up: NaN, collapse, too little memory, missing packages."
 import math
+import shutil
 import sys
 import types
 from dataclasses import replace
@@ -15,8 +16,10 @@ from vicc.augment import ViewSettings
 from vicc.baselines import create_method
 from vicc.checkpoints import checkpoint_folders
 from vicc.data import TwoStreamClips
+from vicc.prepare import Store
+from vicc.stage import Stage, StageSettings
 from vicc.streams import Stream
-from vicc.training import Stage, StageSettings, Upkeep, train_stage
+from vicc.training import Upkeep, train_stage
 
 TINY = replace(DEMO, single_epochs_rgb=2, single_epochs_flow=1, cycles=0, single_batch_size=4, num_prototypes=6, projection_dim=8, backbone_options={'width': 4})
 SETTINGS = StageSettings(epochs=3, schedule_epochs=None, batch_size=4, optimiser='adamw', learning_rate=1e-3, final_learning_rate=1e-5, queue_length=0)
@@ -39,6 +42,16 @@ def test_a_line_and_a_row_an_epoch(store, cpu, tmp_path):
     for words in ('loss ', '(ln K 1.792)', 'prototypes ', '/6', 'agreement ', 'entropy ', 'samples/s', 'wait '): assert words in lines[0]
     assert 'GiB' not in lines[0] and history.gpu_gib.isna().all()  # no GPU, no memory of it
     assert ((history.wait > 0) & (history.wait < 1)).all() and (history.samples_per_second > 0).all()
+
+def test_a_file_that_cannot_be_read_is_in_the_log(store, cpu, tmp_path, capsys):
+    shutil.copytree(store.path, tmp_path/'store')
+    spoiled = Store(tmp_path/'store')
+    video = spoiled.manifest.video[3]
+    spoiled.file(video, 'flow').write_bytes(b'')
+    lines = []
+    train(spoiled, cpu, tmp_path/'run', replace(SETTINGS, epochs=1), lines)
+    assert lines[0].startswith('flow-1: epoch 1: 1 video(s) could not be read, and others took their place: ') and video in lines[0]
+    assert len(lines) == 2 and 'loss ' in lines[1] and not capsys.readouterr().out
 
 def test_nan_stops_at_the_next_look(store, cpu, tmp_path, monkeypatch):
     step, seen = Stage.step, []

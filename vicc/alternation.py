@@ -33,8 +33,9 @@ from .manifests import read_manifest, save_text, split_manifest
 from .prepare import PrepareSettings, STREAMS, Store, prepare
 from .processes import Stopped, stop_on_signals
 from .retrieval import OnlineRetrieval
+from .stage import Method, StageSettings, VICC
 from .streams import Stream, load_stream, save_stream
-from .training import Method, StageSettings, Upkeep, VICC, Watcher, train_stage, videos_hash
+from .training import Upkeep, Watcher, train_stage, videos_hash
 
 # %% ../nbs/13_alternation.ipynb #43f880ef
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from .alternation import checked_value, suggestion
 from .data import TwoStreamClips
 from .prototypes import normalise_rows
+from .stage import Method, Stage, StageSettings, VICC
 from .streams import Stream
-from .training import Method, Stage, StageSettings, VICC
 
 # %% ../nbs/17_baselines.ipynb #30c8e3fe
 def multi_positive_nce(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LINEAR_PROBE', 'FINE_TUNING', 'TRAINING_VIEWS', 'VIEWS', 'RELEASED_JITTER', 'check_probabilities', 'accuracy',
            'confusion', 'per_class_accuracy', 'fuse', 'ClassifierSettings', 'Classifier', 'load_classifier',
-           'check_labels', 'LabelledClips', 'crop_choices', 'predict', 'split_validation', 'middle_clips',
-           'save_progress', 'load_progress', 'train_epoch', 'validate', 'classifier_line', 'is_best',
+           'check_labels', 'LabelledClips', 'crop_choices', 'crops_of_clips', 'predict', 'split_validation',
+           'middle_clips', 'save_progress', 'load_progress', 'train_epoch', 'validate', 'classifier_line', 'is_best',
            'parameter_groups', 'training_facts', 'finish_training', 'train_classifier', 'cached_predict',
            'predictions_table', 'classify']
 
@@ -14,7 +14,7 @@ __all__ = ['LINEAR_PROBE', 'FINE_TUNING', 'TRAINING_VIEWS', 'VIEWS', 'RELEASED_J
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from .augment import ViewSettings, apply_view, crop_boxes, draw_view
 from .backbones import create_backbone
-from .data import RandomClips, TestClips, collate, sample_generator, set_epoch, training_loader
-from .retrieval import cached_parts, centred_view, clip_parts, clips_hash, weights_hash
+from .data import RandomClips, TestClips, cut_box, epoch_batches, set_epoch, training_loader
+from .retrieval import cached_parts, centred_view, clip_parts, clips_hash, evaluation_copy, test_runs, view_batches, weights_hash
 from .manifests import save_text, split_manifest, write_whole
 from .optim import set_learning_rate
 from .prepare import Store
@@ -222,12 +222,21 @@ class LabelledClips(RandomClips):
         super().__init__(store, rows, (stream,), clip_length, stride, views, seed, cache_gib)
         self.stream, self.labels = stream, check_labels(rows, num_classes)
 
-    def __getitem__(self, sample: int) -> dict[str, Any]:  # 'sample', 'label', 'views': one dict of choices, and the stream: [T, H, W, C]
-        row, rng = self.rows.iloc[sample], sample_generator(self.seed, self.epoch, sample)
-        view = draw_view(self.views, int(row.height), int(row.width), True, rng)
-        start = random_clip_start(int(row.num_frames), self.clip_length, rng, self.stride)
-        indices = clip_indices(int(row.num_frames), self.clip_length, start, self.stride)
-        return {'sample': sample, 'label': self.labels[sample], 'views': [view], self.stream: self.frames.read(row.video, self.stream, indices)}
+    def __getitem__(self, sample: int) -> dict[str, Any]:  # 'sample', 'label', 'views': one dict of choices, the stream: one RawClip, and 'replaced'
+        return self.readable(sample, self.read)
+
+    def read(self,
+        number: int,  # of the video
+        rng: np.random.Generator,  # gives all choices
+    ) -> dict[str, Any]:  # the sample
+        "Draw a sample of a video, and read it."
+        row = self.rows.iloc[number]
+        count, height, width = int(row.num_frames), int(row.height), int(row.width)
+        view = draw_view(self.views, height, width, True, rng)
+        indices = clip_indices(count, self.clip_length, random_clip_start(count, self.clip_length, rng, self.stride), self.stride)
+        box = cut_box(view['box'][None], height, width) if self.cut else (0, 0, height, width)
+        moved = {**view, 'box': view['box'] - np.array([*box[:2], 0, 0], view['box'].dtype)}
+        return {'sample': number, 'label': self.labels[number], 'views': [moved], self.stream: self.frames.clips(row.video, self.stream, [(indices, box)])}
 
 # %% ../nbs/14b_classification.ipynb #f133c00a
 VIEWS = ('centre', 'five', 'ten')
@@ -252,6 +261,24 @@ def crop_choices(
     return several
 
 # %% ../nbs/14b_classification.ipynb #d63e29cb
+def crops_of_clips(
+    clips: TestClips,  # all clips of the videos
+    views: str,  # 'centre', 'five' or 'ten' crops of each clip
+    crop: int | None,  # side of the square crops, pixels; None: the largest that fits
+    settings: ViewSettings,  # size and flow_as_image are used
+    seed: int | None = None,  # of colour jitter, drawn for each clip and crop; None: no jitter
+    **reading: Any,  # device, workers, part, process, processes: see vicc.retrieval.test_runs
+) -> Iterator[tuple[Tensor, int]]:  # a view [3, T, size, size] and the number of its video
+    "All crops of all clips. Without jitter each frame is cropped once, however many clips share it."
+    for run in test_runs(clips, crop, whole=views != 'centre', **reading):
+        pixels, places = run[clips.stream], run['clips']
+        if seed is not None: pixels = pixels[0][places]  # [clips, T, H, W, C]: every clip gets colours of its own
+        generators = None if seed is None else [np.random.default_rng((seed, number)) for number in run['numbers'].tolist()]
+        for choices in crop_choices(run['size'].expand(len(pixels), 2), views, crop, generators):
+            shown = apply_view(pixels, {**choices, 'box': choices['box'] - F.pad(run['corner'], (0, 2))}, settings, clips.stream)
+            for number in range(len(places)): yield shown[0][:, places[number]] if seed is None else shown[number], run['video']
+
+# %% ../nbs/14b_classification.ipynb #36046c13
 @torch.no_grad()
 def predict(
     classifier: Classifier,  # trained
@@ -259,7 +286,7 @@ def predict(
     views: str = 'ten',  # 'centre', 'five' or 'ten' crops of each clip
     crop: int | None = 224,  # side of the square crops, pixels; None: the largest that fits
     size: int = 128,  # height and width of a view, pixels
-    batch_size: int = 32,  # clips; each has 1, 5 or 10 views, seen one after the other
+    batch_size: int = 32,  # views; each clip has 1, 5 or 10
     accelerator: Accelerator | None = None,  # device, precision, processes; None: where the classifier is
     workers: int = 0,  # reading processes
     flow_as_image: bool = False,  # as in training
@@ -270,18 +297,16 @@ def predict(
     "Probabilities of the classes for each video. Raises ValueError for another name of views or a crop that does not fit. Source: ViCC, evaluation protocols."
     device = accelerator.device if accelerator else next(classifier.parameters()).device
     process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    classifier, workers = classifier.to(device).eval(), 0 if clips.frames.kept is not None else workers
+    if views not in VIEWS: raise ValueError(f"views='{views}' is not one of {', '.join(VIEWS)}")
+    network, answers, videos = evaluation_copy(classifier.to(device).eval()), [], []
+    seen = crops_of_clips(clips, views, crop, ViewSettings(size=size, flow_as_image=flow_as_image), seed if exact_paper else None,
+                          device=device, workers=workers, part=part, process=process, processes=processes)
+    for batch, numbers in view_batches(seen, batch_size):
+        with torch.autocast(device.type, enabled=False) if accelerator is None else accelerator.autocast(): logits = network(batch)
+        answers.append(logits.float().softmax(1))
+        videos += numbers
     sums = torch.zeros(len(clips.rows), classifier.linear.out_features + 1, dtype=torch.float64)  # the last column counts views
-    order, settings = (part or range(len(clips)))[process::processes], ViewSettings(size=size, flow_as_image=flow_as_image)
-    for step, batch in enumerate(DataLoader(Subset(clips, order), batch_size, collate_fn=collate, num_workers=workers)):
-        own = order[step*batch_size:(step + 1)*batch_size]
-        generators = [np.random.default_rng((seed, clip)) for clip in own] if exact_paper else None
-        raw = batch[clips.stream].to(device)
-        for choices in crop_choices(batch['size'], views, crop, generators):
-            with torch.autocast(device.type, enabled=False) if accelerator is None else accelerator.autocast():
-                logits = classifier(apply_view(raw, choices, settings, clips.stream))
-            probabilities = logits.float().softmax(1).cpu().double()
-            sums.index_add_(0, batch['video'], F.pad(probabilities, (0, 1), value=1.))
+    if videos: sums.index_add_(0, torch.tensor(videos), F.pad(torch.cat(answers).cpu().double(), (0, 1), value=1.))
     if processes > 1: sums = accelerator.reduce(sums.float().to(device), 'sum').cpu().double()
     counted = sums[:, -1] > 0
     return (sums[counted, :-1]/sums[counted, -1:]).float()
@@ -355,13 +380,14 @@ def train_epoch(
     dataset: LabelledClips,  # says the stream and how views are made
     optimiser: torch.optim.Optimizer,  # of the classifier
     accelerator: Accelerator,  # device, precision, processes
+    log: Callable[[str], None] = print,  # where dead workers and unreadable videos are told
 ) -> dict[str, float]:  # mean 'loss' in nats and 'accuracy' (share) over all processes
-    "One pass over the training videos."
+    "One pass over the training videos. Raises ValueError if too many of them cannot be read."
     model.train()
-    sums = torch.zeros(3, device=accelerator.device)  # loss, right answers, clips
-    for batch in loader:
+    sums, batches = torch.zeros(3, device=accelerator.device), epoch_batches(loader, log=log)  # sums: loss, right answers, clips
+    for batch in batches:
         labels = batch['label'].to(accelerator.device, non_blocking=True)
-        clips = batch[dataset.stream].to(accelerator.device, non_blocking=True)
+        clips = batch[dataset.stream].to(accelerator.device, non_blocking=True)[:, 0]
         with accelerator.autocast():
             logits = model(apply_view(clips, batch['views'][0], dataset.views, dataset.stream)).float()
             loss = F.cross_entropy(logits, labels)
@@ -369,6 +395,7 @@ def train_epoch(
         accelerator.backward(loss)
         optimiser.step()
         with torch.no_grad(): sums += torch.stack([loss*len(labels), (logits.argmax(1) == labels).sum().float(), torch.full_like(loss, len(labels))])
+    if batches.replaced or batches.restarts: log(batches.report())
     loss, right, count = accelerator.reduce(sums, 'sum').tolist()
     return dict(loss=loss/count, accuracy=right/count)
 
@@ -481,7 +508,7 @@ def train_classifier(
         if shared is not loader: shared.set_epoch(epoch)  # accelerate counts epochs of its own
         set_learning_rate(optimiser, settings.rate(epoch))
         row, start = dict(epoch=epoch + 1, learning_rate=settings.rate(epoch)), time.monotonic()
-        with seeded(settings.seed, epoch, accelerator): row |= train_epoch(model, shared, dataset, optimiser, accelerator)
+        with seeded(settings.seed, epoch, accelerator): row |= train_epoch(model, shared, dataset, optimiser, accelerator, log)
         row['clips_per_second'] = round(len(shared)*settings.batch_size/(time.monotonic() - start), 1)
         if not math.isfinite(row['loss']): raise ValueError(f'{title}: the loss of epoch {epoch + 1} is {row["loss"]}: lower learning_rate={settings.learning_rate}; the rest is in {folder}')
         if validation is not None:

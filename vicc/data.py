@@ -209,7 +209,9 @@ def lay_out(
         flat = data[start:start + int(np.prod(shape))]
         unpack(flat, shape, size, [plane[place] for plane in planes] if planar[place] else [pixels[place]])
     if not planes: return pixels
-    made = torch.stack(planes, -1) if channels == 2 else torch.cat([planes_to_rgb(*part) for part in zip(*(plane.split(8) for plane in planes))])
+    few = 32 if data.device.type == 'cpu' else 8*rows[0][1][0]  # frames at a time: what fits a processor's cache, or eight clips
+    parts = zip(*(plane.flatten(0, 1).split(few) for plane in planes))
+    made = torch.stack(planes, -1) if channels == 2 else torch.cat([planes_to_rgb(*part) for part in parts]).unflatten(0, planes[0].shape[:2])
     return made if all(planar) else torch.where(torch.tensor(planar, device=made.device).view(-1, 1, 1, 1, 1), made, pixels)
 
 # %% ../nbs/06_data.ipynb #4103ed59
@@ -570,8 +572,9 @@ class TestVideos(Dataset):
         crop: int | None = 224,  # side of the centred square that will be looked at, pixels; None: the largest that fits
         part: Sequence[int] | None = None,  # numbers of the clips to use, in order; None: all
         most: int = 16,  # clips in a run
+        whole: bool = False,  # send whole frames, for views beside the square
     ):
-        self.clips, self.crop = clips, crop
+        self.clips, self.crop, self.whole = clips, crop, whole
         numbers = np.arange(len(clips)) if part is None else np.asarray(part)
         videos = np.array([clips.clips[number][0] for number in numbers])
         groups = np.split(numbers, np.flatnonzero(np.diff(videos)) + 1)
@@ -579,14 +582,15 @@ class TestVideos(Dataset):
 
     def __len__(self) -> int: return len(self.runs)
 
-    def __getitem__(self, run: int) -> dict[str, Any]:  # 'video', 'clips' [c, T] places of the frames, 'box' [1, 4] of the square, the stream: ClipBatch of one clip
+    def __getitem__(self, run: int) -> dict[str, Any]:  # 'video', 'numbers' [c] and 'clips' [c, T] (places of frames), 'size' [2], 'corner' [2], 'box' [1, 4] of the square, and one clip
+        "All clips of a run: every frame once. 'corner' is where the frames were cut out of the video's, and 'box' is where the square lies in them."
         video = self.clips.clips[self.runs[run][0]][0]
         row, stream = self.clips.rows.iloc[video], self.clips.stream
         size = np.array([row.height, row.width], dtype=int)
         side = min(size) if self.crop is None else self.crop
         square = np.array([[*(size - side)//2, side, side]])
-        box = cut_box(square, *size.tolist())
+        box = (0, 0, *size.tolist()) if self.whole else cut_box(square, *size.tolist())
         frames, places = np.unique([self.clips.clips[number][1] for number in self.runs[run]], return_inverse=True)
         raw = self.clips.frames.clips(row.video, stream, [(frames, box)])
-        return {'video': video, 'clips': torch.from_numpy(places.reshape(len(self.runs[run]), -1)), 'box': torch.from_numpy(square - [*box[:2], 0, 0]).float(),
+        return {'video': video, 'numbers': self.runs[run], 'size': torch.from_numpy(size), 'corner': torch.tensor(box[:2]), 'clips': torch.from_numpy(places.reshape(len(self.runs[run]), -1)), 'box': torch.from_numpy(square - [*box[:2], 0, 0]).float(),
                 stream: pack_clips([raw], {'rgb': 3, 'flow': 2}[stream])}

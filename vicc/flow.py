@@ -35,7 +35,7 @@ def _tensor(
     array: np.ndarray | Tensor,  # any array
 ) -> Tensor:  # the same numbers as a tensor; a tensor stays where it is
     "A NumPy array or tensor as a tensor."
-    return array if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+    return array if isinstance(array, Tensor) else torch.from_numpy(np.require(array, requirements='CW'))
 
 
 def _numpy(

@@ -39,7 +39,8 @@ from sklearn.metrics import normalized_mutual_info_score
 # %% ../nbs/15_plots.ipynb #c4f9ecb6
 STYLE = {'font.size': 9., 'axes.titlesize': 10., 'axes.labelsize': 9., 'xtick.labelsize': 8., 'ytick.labelsize': 8.,
          'legend.fontsize': 8., 'legend.frameon': False, 'axes.spines.top': False, 'axes.spines.right': False,
-         'lines.linewidth': 1.6, 'image.cmap': 'cividis', 'figure.facecolor': 'white', 'savefig.facecolor': 'white'}
+         'lines.linewidth': 1.6, 'image.cmap': 'cividis', 'figure.facecolor': 'white', 'savefig.facecolor': 'white',
+         'text.parse_math': False}  # a class may be called $x$
 
 
 def style() -> AbstractContextManager: # matplotlib's settings are ours inside it, and as before after it
