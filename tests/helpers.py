@@ -15,7 +15,7 @@ def shapes_store(folder: Path) -> Store:
     "Sixteen moving shapes, prepared as the demo does it."
     torch.set_num_threads(1)
     made = make_moving_shapes(folder/'shapes', 16, 8, threads=1)
-    return prepare(made['train'], made['videos'], folder/'store', DEMO.prepare_settings(), log=lambda line: None)
+    return prepare(made['train'], made['videos'], folder/'store', DEMO.prepare_settings(), workers=0, log=lambda line: None)
 
 def golden_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     "Weights that depend on the released key name alone, as they were when the golden features were recorded (the rule of tests/golden)."

@@ -180,7 +180,6 @@ def test_run_prototypes_from_saved_streams(tmp_path):
     pm.execute_notebook(ROOT/'nbs'/'run_prototypes.ipynb', tmp_path/'out.ipynb', values, progress_bar=False, cwd=ROOT)
     metrics = json.loads((tmp_path/'out'/'metrics.json').read_text())
     assert 0 < metrics['encoders']['rgb']['purity'] <= 1 and metrics['encoders']['rgb']['K'] == 24
-    pictures = {path.name: path.stat().st_size for path in (tmp_path/'out'/'pictures').glob('*.png')}
-    assert set(pictures) == {'assignments-rgb.png', 'tsne-rgb.png', 'montage-rgb-00.png', 'neighbours-rgb.png'}
-    assert max(pictures.values()) < 150_000
+    assert {path.name for path in (tmp_path/'out'/'pictures').glob('*.png')} == {'assignments-rgb.png', 'tsne-rgb.png', 'montage-rgb-00.png', 'neighbours-rgb.png'}
+    assert EVIL not in (tmp_path/'out'/'report.html').read_text()
     assert not [attributes for _, attributes in Tags((tmp_path/'out'/'explorer.html').read_text()).found if 'onerror' in attributes]

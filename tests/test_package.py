@@ -2,12 +2,17 @@
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from vicc.streams import Stream, save_stream
+from vicc.video import write_video
 
 ROOT = Path(__file__).parents[1]
 CODE = '''
@@ -53,3 +58,13 @@ def test_help_of_every_public_name(name):
 
 def test_types_are_there_for_users():
     assert (ROOT/'vicc'/'py.typed').is_file()
+
+def test_the_readmes_example_without_notebooks(tmp_path, monkeypatch, capsys):
+    code = re.search(r'## Use it without notebooks.*?```python\n(.*?)```', (ROOT/'README.md').read_text(), re.DOTALL).group(1)
+    films = re.findall(r"'(\w+\.mp4)'", code)
+    monkeypatch.chdir(tmp_path)
+    save_stream(Stream('small', 6, projection_dim=8, backbone_options={'width': 4}), re.search(r"load_stream\('(.*?)'\)", code).group(1))
+    rng = np.random.default_rng(0)
+    for film in films: write_video(film, rng.integers(0, 255, (12, 48, 64, 3), dtype=np.uint8))
+    exec(compile(code, 'README.md', 'exec'), {})
+    assert sorted(line.split(':')[0] for line in capsys.readouterr().out.splitlines()) == sorted(films[:-1])

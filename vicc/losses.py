@@ -81,5 +81,5 @@ def view_assignments(
 def collapse_loss(
     num_prototypes: int, # K
 ) -> float: # nats
-    "The loss of a network that has learned nothing, $\\ln K$: draw it on every loss plot."
+    "The loss of a network that tells nothing apart, $\\ln K$: draw it on every loss plot."
     return math.log(num_prototypes)
