@@ -19,7 +19,7 @@ playwright = pytest.importorskip('playwright.sync_api', reason='playwright is no
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 if CHROMIUM is None: pytest.skip('there is no Chromium', allow_module_level=True)
 ROOT = Path(__file__).parents[1]
-PICTURES = os.environ.get('LAB_PICTURES')  # a folder for screenshots, for people who want to look
+PICTURES = os.environ.get('LAB_PICTURES')  # a folder for the screenshots, for people who want to look; else they lie beside the copied notebooks
 PICTURES = Path(PICTURES) if PICTURES else None
 SMALL = {'run_pretrain.ipynb': dict(num_train_videos=16, num_test_videos=8, single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=1, cycles=1, single_batch_size=8, cross_batch_size=8,
                                     num_prototypes=8, collapse_lesson=False)}
@@ -76,7 +76,7 @@ def opened(lab, name: str):
         page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
         page.evaluate(RUN_ALL)
         yield page, complaints
-        page.screenshot(path=PICTURES/f'{Path(name).stem}.png') if PICTURES else None
+        page.screenshot(path=(PICTURES or root)/f'{Path(name).stem}.png')
         browser.close()
 
 def explore(page) -> None:
