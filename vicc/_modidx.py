@@ -33,6 +33,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'vicc.alternation.online_split': ('alternation.html#online_split', 'vicc/alternation.py'),
                                   'vicc.alternation.open_run': ('alternation.html#open_run', 'vicc/alternation.py'),
                                   'vicc.alternation.plan_stages': ('alternation.html#plan_stages', 'vicc/alternation.py'),
+                                  'vicc.alternation.read_history': ('alternation.html#read_history', 'vicc/alternation.py'),
                                   'vicc.alternation.refuse_unknown_parameters': ( 'alternation.html#refuse_unknown_parameters',
                                                                                   'vicc/alternation.py'),
                                   'vicc.alternation.stage_folder': ('alternation.html#stage_folder', 'vicc/alternation.py'),

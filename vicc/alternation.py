@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UPKEEP', 'FREE_VALUES', 'DataValues', 'DataRecipe', 'TrainingValues', 'LaterValues', 'Recipe', 'suggestion',
            'check_ranges', 'checked_value', 'PlannedStage', 'plan_stages', 'find_project', 'refuse_unknown_parameters',
-           'new_streams', 'stage_folder', 'open_run', 'claim_videos', 'claim_method', 'online_split', 'finish_stage',
-           'write_facts', 'alternate', 'main']
+           'new_streams', 'stage_folder', 'open_run', 'claim_videos', 'claim_method', 'online_split', 'read_history',
+           'finish_stage', 'write_facts', 'alternate', 'main']
 
 # %% ../nbs/13_alternation.ipynb #f6cc37b5
 import argparse
@@ -347,6 +347,18 @@ def online_split(
     return kept, OnlineRetrieval(gallery, queries, recipe.online_every, recipe.view_size, recipe.test_crop or None, recipe.flow_as_image, recipe.workers)
 
 # %% ../nbs/13_alternation.ipynb #a2dcb435
+def read_history(
+    file: str | os.PathLike,  # history.csv of a stage
+) -> pd.DataFrame:  # as it was written, to the last digit
+    "A history from its file. pandas alone rounds the last digit of some numbers, in some versions; Python does not."
+    def exact(cell: Any) -> Any:
+        for kind in (int, float):
+            try: return kind(cell)
+            except ValueError: pass
+        return cell
+    table = pd.read_csv(file, dtype=str)
+    return pd.DataFrame({name: [exact(cell) for cell in table[name]] for name in table})
+
 def finish_stage(
     place: Path,  # folder of the stage
     stream: Stream,  # as trained
@@ -406,7 +418,7 @@ def alternate(
             if stage.name not in train: continue
             if (place/'stream').is_dir() and (place/'history.csv').is_file():
                 streams[stage.name] = load_stream(place/'stream')
-                watcher.stage_done(pd.read_csv(place/'history.csv', float_precision='round_trip'))
+                watcher.stage_done(read_history(place/'history.csv'))
                 shutil.rmtree(place/'checkpoints', ignore_errors=True)  # left by a run that was killed at the very end of the stage
                 continue
             other = streams[STREAMS[1 - STREAMS.index(stage.name)]] if stage.cycle and method.taught else None
