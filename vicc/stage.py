@@ -158,9 +158,13 @@ class StageParts:
         self.create_queue()
         self.compiled, self.frozen_embed = False, None  # see speed_up
 
-    def trained_parameters(self) -> list[nn.Parameter]: return list(self.stream.parameters())
+    def trained_parameters(self) -> list[nn.Parameter]:
+        "What the optimiser moves."
+        return list(self.stream.parameters())
 
-    def create_model(self) -> nn.Module: return StageModel(self.stream, self.settings.gradient_views)
+    def create_model(self) -> nn.Module:
+        "The network whose forward pass is a step's."
+        return StageModel(self.stream, self.settings.gradient_views)
 
     def create_queue(self) -> None:
         "The memory of older projections, this process's share of it."
@@ -170,9 +174,13 @@ class StageParts:
         self.queue = ProjectionQueue(2 if self.other is None else 4, length, dim).to(self.accelerator.device) if length else None
         self.reference_loss = math.log(num_prototypes)  # of an encoder that knows nothing
 
-    def meter(self) -> EpochMeter: return EpochMeter(len(self.stream.prototypes.weight), self.accelerator.device)
+    def meter(self) -> EpochMeter:
+        "A new meter for an epoch."
+        return EpochMeter(len(self.stream.prototypes.weight), self.accelerator.device)
 
-    def views(self, batch: dict[str, Any], name: str) -> list[Tensor]: return make_views(batch, name, self.dataset.views, self.accelerator.device)
+    def views(self, batch: dict[str, Any], name: str) -> list[Tensor]:
+        "Both views of a stream ('rgb' or 'flow') of a batch."
+        return make_views(batch, name, self.dataset.views, self.accelerator.device)
 
     def close(self) -> None:
         "Make the network an ordinary one again."

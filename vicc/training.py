@@ -120,7 +120,9 @@ class Watcher:
             try: importlib.import_module(module)
             except ImportError as error: raise ValueError(f'{package}: true needs a package that is not installed: pip install {package}, or set it to false') from error
 
-    def stage_done(self, history: pd.DataFrame) -> None: self.earlier.append(history)
+    def stage_done(self, history: pd.DataFrame) -> None:
+        "Put the history of a finished stage before those to come."
+        self.earlier.append(history)
 
     def epoch(self,
         history: Sequence[dict[str, Any]],  # of the stage so far; the last row is new
