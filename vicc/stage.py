@@ -182,11 +182,6 @@ class StageParts:
         "Both views of a stream ('rgb' or 'flow') of a batch."
         return make_views(batch, name, self.dataset.views, self.accelerator.device)
 
-    def close(self) -> None:
-        "Make the network an ordinary one again."
-        restore_batchnorm(self.synced)
-        make_plain(self.stream)
-
 # %% ../nbs/11e_stage.ipynb #03bfec08
 class RestorableStage(StageParts):
     "A stage that can be saved and brought back, and compiled once it is."
@@ -219,6 +214,11 @@ class RestorableStage(StageParts):
         if not isinstance(model, StageModel): raise ValueError(f'compile=True: {type(model).__name__} cannot be compiled, only the method vicc can: set it to false')
         self.compiled, model.embed = True, fast_embed(self.stream, graphs=graphs)
         if self.other is not None: self.frozen_embed = fast_embed(self.other, graphs=graphs, frozen=True)
+
+    def close(self) -> None:
+        "Make the network an ordinary one again."
+        restore_batchnorm(self.synced)
+        make_plain(self.stream)
 
 # %% ../nbs/11e_stage.ipynb #1751e620
 def whole_step(
