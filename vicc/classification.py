@@ -222,13 +222,10 @@ class LabelledClips(RandomClips):
         super().__init__(store, rows, (stream,), clip_length, stride, views, seed, cache_gib)
         self.stream, self.labels = stream, check_labels(rows, num_classes)
 
-    def __getitem__(self, sample: int) -> dict[str, Any]:  # 'sample', 'label', 'views': one dict of choices, the stream: one RawClip, and 'replaced'
-        return self.readable(sample, self.read)
-
     def read(self,
         number: int,  # of the video
         rng: np.random.Generator,  # gives all choices
-    ) -> dict[str, Any]:  # the sample
+    ) -> dict[str, Any]:  # 'sample', 'label', 'views': one dict of choices, the stream: one RawClip
         "Draw a sample of a video, and read it."
         row = self.rows.iloc[number]
         count, height, width = int(row.num_frames), int(row.height), int(row.width)

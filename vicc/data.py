@@ -310,6 +310,8 @@ class RandomClips(Dataset):
         "Move on to another epoch, which draws other clips and views."
         self.epoch = epoch
 
+    def __getitem__(self, sample: int) -> dict[str, Any]: return self.readable(sample, self.read)  # what the subclass reads, and 'replaced'
+
     def readable(self,
         sample: int,  # number
         read: Callable[[int, np.random.Generator], dict[str, Any]],  # makes a sample of the video of this number
@@ -338,13 +340,10 @@ def cut_box(
 class TwoStreamClips(RandomClips):
     "Training samples: two clips of a video, in one or both streams, and the choices for both views."
 
-    def __getitem__(self, sample: int) -> dict[str, Any]:  # 'rgb', 'flow': two RawClips; 'views': two dicts; 'starts' [2], 'corners' [2, 2], 'sample', 'replaced'
-        return self.readable(sample, self.read)
-
     def read(self,
         number: int,  # of the video
         rng: np.random.Generator,  # gives all choices
-    ) -> dict[str, Any]:  # the sample
+    ) -> dict[str, Any]:  # 'rgb', 'flow': two RawClips; 'views': two dicts; 'starts' [2], 'corners' [2, 2], 'sample'
         "Draw a sample of a video, and read it."
         row = self.rows.iloc[number]
         count, height, width = int(row.num_frames), int(row.height), int(row.width)
