@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from test_video import noise, turned, write_sound
 
+from vicc import files
 from vicc import prepare as module
 from vicc.flow import dequantise
 from vicc.manifests import folder_manifest, read_manifest
@@ -237,7 +238,7 @@ def test_a_note_survives_a_killed_run(tmp_path):
     assert again.report['videos_made'] == 0 and again.report['with_a_note'] == 1
     assert 'damaged after' in again.manifest.note[0] == first.manifest.note[0]
 
-@pytest.mark.skipif(module.fcntl is None, reason='this system has no file locks')
+@pytest.mark.skipif(files.fcntl is None, reason='this system has no file locks')
 def test_left_overs_go_but_not_those_of_a_neighbour(shapes, whole, tmp_path):
     shutil.copytree(whole.path, tmp_path/'store')
     left = [tmp_path/'store'/name for name in ('rgb/slide_x/.gone.77.part.mp4', 'flow/.x.5.part.mp4', '.manifest.9.part.csv')]
@@ -260,7 +261,7 @@ def test_left_overs_go_but_not_those_of_a_neighbour(shapes, whole, tmp_path):
     assert not neighbours.exists() and mine.exists()
 
 def test_without_locks_age_decides(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, 'fcntl', None)
+    monkeypatch.setattr(files, 'fcntl', None)
     for name, age in (('.new.1.part.mp4', 60), ('.old.1.part.mp4', 25*3600)):
         (tmp_path/name).touch()
         os.utime(tmp_path/name, (time.time() - age,)*2)
