@@ -48,8 +48,9 @@ def cut_planes(
     box: Box,  # all four even
     out: np.ndarray,  # uint8 [bytes of a frame], filled with Y, U and V, or with u and v
 ) -> None:
-    "Copy a box out of a frame's planes."
+    "Copy a box out of a frame's planes. Raises IndexError for a frame that is smaller than the box."
     top, left, height, width = box
+    if top + height > picture.height//(2 if stream == 'flow' else 1) or left + width > picture.width: raise IndexError(f'its frames are too small ({picture.width}×{picture.height})')
     parts = [(0, top, left, height, width)]  # plane, and what to take of it
     if stream == 'flow': parts.append((0, top + picture.height//2, left, height, width))  # v lies below u
     else: parts += [(number, top//2, left//2, height//2, width//2) for number in (1, 2)]
@@ -77,6 +78,7 @@ def wanted_pictures(
     "These frames of a video, in one thread, decoding as few others as may be."
     video = container.streams.video[0]
     video.codec_context.thread_count = 1
+    video.codec_context.options = {'err_detect': 'explode'}  # in a file of ours any error is damage
     spacing = 1/(video.average_rate*video.time_base) if video.average_rate else Fraction(1, 2)
     if spacing.denominator > 1: yield None; return
     ticks = spacing.numerator  # of the file's clock, from frame to frame
@@ -108,7 +110,7 @@ def read_planes(
                 if found is None or (left == len(places) and not known_picture(found[1], stream)): return None
                 left -= 1
                 for box, out in places[found[0]]: cut_planes(found[1], stream, box, out)
-    except (av.FFmpegError, IndexError) as error: raise VideoError(f'{path} cannot be decoded: {error}') from error
+    except (av.FFmpegError, IndexError) as error: raise VideoError(f'{path} cannot be decoded ({error}): prepare this video again') from error
     if left: raise VideoError(f'{path} ends before frame {numbers[-left]}: prepare this video again')
     return clips
 
@@ -147,6 +149,7 @@ class Frames:
     ):
         if unknown := set(streams) - set(STREAMS): raise ValueError(f"stream '{sorted(unknown)[0]}' is not 'rgb' or 'flow'")
         self.store, self.streams = store, tuple(streams)
+        self.shapes = dict(zip(rows.video, zip(rows.num_frames, rows.height, rows.width)))
         channels = sum({'rgb': 3, 'flow': 2}[stream] for stream in streams)
         self.bytes = int((rows.num_frames*rows.height*rows.width).sum())*channels  # of all frames, decoded
         self.kept: dict[tuple[str, str], np.ndarray] | None = {} if self.bytes <= cache_gib*2**30 else None
@@ -161,8 +164,18 @@ class Frames:
         top, left, height, width = box or (0, 0, None, None)
         part = slice(None), slice(top, height and top + height), slice(left, width and left + width)
         if self.kept is None: return self.store.read(video, stream, indices)[part]
-        if (video, stream) not in self.kept: self.kept[video, stream] = self.store.read(video, stream)
+        if (video, stream) not in self.kept: self.kept[video, stream] = self.whole(video, stream)
         return self.kept[video, stream][part][indices]
+
+    def whole(self,
+        video: str,  # name in the manifest
+        stream: str,  # 'rgb' or 'flow'
+    ) -> np.ndarray:  # uint8 [T, H, W, C]
+        "All frames of a video. Raises VideoError if they are not what the manifest says."
+        frames = self.store.read(video, stream)
+        if frames.shape[:3] != self.shapes[video]:
+            raise VideoError(f'{self.store.file(video, stream)} has {len(frames)} frames of {frames.shape[1]}×{frames.shape[2]}, and not what the manifest says: prepare this video again')
+        return frames
 
     def clips(self,
         video: str,  # name in the manifest
@@ -173,7 +186,9 @@ class Frames:
         clips = read_planes(self.store.file(video, stream), stream, wanted) if self.kept is None else None
         if clips is not None: return clips
         top, left, height, width = around([box for _, box in wanted])
-        pixels = self.read(video, stream, np.concatenate([indices for indices, _ in wanted]), (top, left, height, width))
+        frames = np.concatenate([indices for indices, _ in wanted])
+        if self.kept is not None: pixels = self.read(video, stream, frames, (top, left, height, width))
+        else: pixels = self.whole(video, stream)[frames, top:top + height, left:left + width]  # an odd file, which is not for decord: a damaged one could crash it
         parts = np.split(pixels, np.cumsum([len(indices) for indices, _ in wanted])[:-1])
         return [RawClip(part[:, box[0] - top:, box[1] - left:][:, :box[2], :box[3]], *box[2:]) for part, (_, box) in zip(parts, wanted)]
 

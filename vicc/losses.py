@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 import torch
 from torch import Tensor
-from .prototypes import ProjectionQueue, assign
+from .prototypes import ProjectionQueue, assign, working_type
 
 # %% ../nbs/09_losses.ipynb #8c356138
 def _check_views(
@@ -32,14 +32,15 @@ def pair_losses(
     scores: Sequence[Tensor], # V tensors [B, K], one per view; gradients flow into them
     assignments: Sequence[Tensor], # V tensors [B, K], rows sum to 1; taken as constants
     temperature: float = 0.1, # of the softmax
-) -> Tensor: # [V, V] float32, nats: row v is the teacher, column w the pupil
+) -> Tensor: # [V, V] nats, float32 (float64 if scores or assignments are): row v is the teacher, column w the pupil
     """Mean cross-entropy $\\ell(v, w)$ of every pair of views, the diagonal included.
 
     Raises ValueError for fewer than 2 views, shapes that differ, or temperature <= 0. Source: ViCC, Section 3.
     """
     _check_views(scores, assignments, temperature)
-    log_predictions = torch.stack([(s.float() / temperature).log_softmax(dim=1) for s in scores])     # [V, B, K]
-    teachers = torch.stack([q.detach().float() for q in assignments])                                 # [V, B, K]
+    kind = working_type(*scores, *assignments)
+    log_predictions = torch.stack([(s.to(kind) / temperature).log_softmax(dim=1) for s in scores])     # [V, B, K]
+    teachers = torch.stack([q.detach().to(kind) for q in assignments])                                 # [V, B, K]
     return -(teachers[:, None] * log_predictions[None]).sum(dim=-1).mean(dim=-1)
 
 # %% ../nbs/09_losses.ipynb #f3e3fb1a
@@ -47,7 +48,7 @@ def swapped_prediction_loss(
     scores: Sequence[Tensor], # V tensors [B, K], one per view, all against the same prototypes
     assignments: Sequence[Tensor], # V tensors [B, K], one per view, from `view_assignments`
     temperature: float = 0.1, # of the softmax
-) -> Tensor: # scalar float32, nats
+) -> Tensor: # scalar, nats, float32 (float64 if scores or assignments are)
     """Every view predicts the assignments of all other views: the mean of $\\ell(v, w)$ over $v \\ne w$.
 
     Two views of one stream make the single-stream loss, two views of each stream the cross-stream loss.
@@ -65,7 +66,7 @@ def view_assignments(
     epsilon: float = 0.05, # weight of the entropy in Sinkhorn
     iterations: int = 3, # rounds of Sinkhorn
     check: bool = True, # look for infinite scores and NaN; makes the CPU wait for the GPU
-) -> list[Tensor]: # V tensors [B, K] float32 without gradient; rows sum to 1
+) -> list[Tensor]: # V tensors [B, K] without gradient, float32 (float64 where the scores are); rows sum to 1
     """Balanced assignments of every view, with its queue if that is full.
 
     Raises ValueError for a queue of another number of views or without prototypes, and as `sinkhorn` does. Source: ViCC, Section 3.
