@@ -43,7 +43,7 @@ def trouble(
 ) -> int | None:  # the operating system's number; None: the disk is not to blame
     "Which trouble with the disk is behind an error, also one of a library that keeps no number."
     number, other = getattr(error, 'errno', None), getattr(error, 'filename', None)
-    if isinstance(other, str | bytes | os.PathLike) and (file := Path(os.fsdecode(other))) not in path.parents and file.parent != path.parent: return None  # of a file that is read meanwhile
+    if isinstance(other, str | bytes | os.PathLike) and not {path, path.parent} & {(file := Path(os.fsdecode(other))), file.parent, *file.parents} and file not in path.parents: return None  # of a file that is read meanwhile
     if not isinstance(number, int) and (told := re.search(r'os error (\d+)', str(error))): number = int(told[1])  # of safetensors
     if isinstance(number, int): return number if any(number in numbers for numbers in TROUBLES) else None
     if isinstance(error, RuntimeError) and path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20: return errno.ENOSPC  # of torch.save

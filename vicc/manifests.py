@@ -190,7 +190,7 @@ def check_videos(
     outside = [False]*len(names) if follow_links else leads_out(Path(videos), names)
     for row, video in enumerate(names):
         path, problem = Path(videos)/video, None
-        if outside[row]: problem = 'is reached by a link that leads out of the folder (follow_links=True allows it)'
+        if outside[row]: problem = 'is reached by a link that leads out of the folder (if the link is yours: prepare with follow_links=True, or --follow-links)'
         elif not path.is_file(): problem = 'is not there'
         elif path.stat().st_size == 0: problem = 'is empty (0 bytes)'
         elif probe:

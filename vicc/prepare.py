@@ -19,7 +19,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from errno import ENOENT
@@ -600,10 +600,11 @@ def check_request(
     rows: pd.DataFrame,  # the videos wanted
     videos: Path,  # the folder that the manifest's paths start from
     store: Path,  # the store's folder
+    there: Collection[str] = (),  # videos that are prepared already: their files are not needed any more
     follow_links: bool = False,  # whether links may lead out of the folder of videos
 ) -> None:
     "Raises FileNotFoundError for missing videos, ValueError for rows that do not go together with what the store has."
-    require_videos(rows, videos, follow_links, empty=True)  # an empty file is set aside like any other that is no video
+    if len(wanted := rows[~rows.video.isin(there)]): require_videos(wanted, videos, follow_links, empty=True)  # an empty file is set aside like any other that is no video
     earlier = read_manifest(store/'manifest.csv') if (store/'manifest.csv').is_file() else rows[:0]
     together = pd.concat([earlier[~earlier.video.isin(rows.video)], rows], ignore_index=True)
     check_manifest(together, f'the manifest together with that of {store}')
@@ -651,15 +652,17 @@ def prepare(
     videos, store, device = Path(videos), Path(store), choose_device(device, settings.flow_method)
     workers = cores() if workers is None else workers
     made_by = f'{choose_backend("auto", device) if settings.flow_method == "tvl1" else "opencv"} on {device}'
-    check_request(rows, videos, store, follow_links)
     check_settings(store, settings)
+    there = found_before(store, rows.video)
+    check_request(rows, videos, store, there, follow_links)
+    if len(there) == len(rows) and not os.access(store, os.W_OK): return Store(store)  # finished, on a disk that may only be read
     with at_work(store):
         open_folder(store, settings, made_by)
         part, mine = part_file(store, rows, settings, shard, num_shards), rows.iloc[shard::num_shards]
         part.unlink(missing_ok=True)
         found, problems, progress = {}, {}, Progress(mine, log)
-        there = found_before(store, mine.video)
-        for video, result in chain(there.items(), run_tasks({video: task_of(video, videos, store, settings, device) for video in mine.video if video not in there}, workers, limits)):
+        tasks = {video: task_of(video, videos, store, settings, device) for video in mine.video if video not in there}
+        for video, result in chain(((video, there[video]) for video in mine.video if video in there), run_tasks(tasks, workers, limits)):
             if isinstance(result, Exception): check_mount(videos/video, videos, rows.video)
             (problems if isinstance(result, Exception) else found)[video] = result
             progress.add(video, result)
@@ -688,6 +691,7 @@ def conclude(
     report = report_of(found, problems, seconds, workers, made_by)
     save_text(store/'report.json', json.dumps(report, indent=2))
     log(report_lines(report))
+    if problems: log(f'  these were set aside: {", ".join(sorted(problems)[:10])}{" …" if len(problems) > 10 else ""}; {store/"problems.csv"} says why')
     return finish(store, rows, found, problems, max_failed)
 
 # %% ../nbs/04_prepare.ipynb #bbcb22b1

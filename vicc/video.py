@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'MAX_PIXELS', 'FORMATS', 'CONVERTERS', 'CONTAINERS_WITH_TIMES', 'VideoError', 'existing_file',
-           'to_video_frame', 'open_stream', 'VideoWriter', 'write_video', 'open_container', 'decoded_frames', 'to_rgb',
-           'VideoInfo', 'probe', 'can_jump', 'check_indices', 'read_with_decord', 'read_with_pyav', 'read_frames',
-           'clip_indices', 'random_clip_start', 'test_clip_indices', 'play']
+           'to_video_frame', 'open_stream', 'VideoWriter', 'write_video', 'open_container', 'check_claims',
+           'decoded_frames', 'to_rgb', 'VideoInfo', 'probe', 'fit_for_decord', 'can_jump', 'check_indices',
+           'read_with_decord', 'read_with_pyav', 'read_frames', 'clip_indices', 'random_clip_start',
+           'test_clip_indices', 'play']
 
 # %% ../nbs/01_video.ipynb #9ebbda54
 import base64
@@ -168,6 +169,15 @@ def open_container(
     except TypeError: return av.open(os.path.abspath(path), options=options)  # PyAV 19 and later have no such option
 
 # %% ../nbs/01_video.ipynb #6efd15c2
+def check_claims(
+    path: Path,  # for the message
+    video: Any,  # PyAV's stream of pictures
+) -> None:
+    "Raises VideoError for a stream that cannot be decoded here, or that claims what cannot be."
+    if video.codec_context is None: raise VideoError(f'{path} is coded in a way that this FFmpeg does not know, or its header is damaged: convert it, or leave it out')
+    pixels = video.codec_context.width*video.codec_context.height
+    if pixels > MAX_PIXELS: raise VideoError(f'{path} claims pictures of {pixels} pixels, more than {MAX_PIXELS}: it is damaged, or must be made smaller')
+
 def decoded_frames(
     path: str | os.PathLike,  # video file
 ) -> Iterator[av.VideoFrame]:  # every frame in the order of time, not yet converted to RGB
@@ -177,8 +187,7 @@ def decoded_frames(
         with open_container(path) as container:
             if not container.streams.video: raise VideoError(f'{path} holds no video stream: leave it out, or replace it')
             video = container.streams.video[0]
-            if (pixels := video.codec_context.width*video.codec_context.height) > MAX_PIXELS:
-                raise VideoError(f'{path} claims pictures of {pixels} pixels, more than {MAX_PIXELS}: it is damaged, or must be made smaller')
+            check_claims(path, video)
             video.codec_context.options = {'max_pixels': str(MAX_PIXELS)}  # for those that change size later
             for picture in container.decode(video):
                 sign_of_life()
@@ -229,6 +238,17 @@ def probe(
     return VideoInfo(number, float(rate), width, height, codec, pixel_format, rotation, count)
 
 # %% ../nbs/01_video.ipynb #6d445844
+def fit_for_decord(
+    path: Path,  # video file
+) -> bool:  # False: leave it to PyAV
+    "Whether the header's claims can be true. Memory for an absurd number of frames is what ends decord's process."
+    try:
+        with open_container(path) as container:
+            video = container.streams.video[0]
+            check_claims(path, video)
+            return video.frames <= path.stat().st_size  # a frame takes a byte at least
+    except (av.FFmpegError, IndexError, VideoError): return False
+
 CONTAINERS_WITH_TIMES = {'.mp4', '.m4v', '.mov', '.mkv', '.webm', '.avi'}
 
 def can_jump(
@@ -256,7 +276,8 @@ def read_with_decord(
 ) -> np.ndarray | None:  # uint8 [T, H, W, 3], or None if this file is not one for decord
     "Frames by random access, or None where decord cannot be trusted."
     try:
-        video = decord.VideoReader(str(path), num_threads=1)
+        if not fit_for_decord(path): return None
+        video = decord.VideoReader(os.path.abspath(path), num_threads=1)
         if not can_jump(video, path.suffix): return None
         if wanted is not None: check_indices(path, wanted, len(video))
         frames = video.get_batch(np.arange(len(video)) if wanted is None else wanted).asnumpy()
@@ -284,7 +305,7 @@ def read_frames(
     indices: Sequence[int] | np.ndarray | None = None,  # int [T] frame numbers, any order, repeats allowed; None: every frame
     reader: str = 'auto',  # 'auto': decord where it can be trusted, else PyAV; 'decord' or 'pyav' ask for one
 ) -> np.ndarray:  # uint8 [T, H, W, 3] RGB
-    """Exactly these frames of a video. On a damaged file decord can end the whole process: for files of strangers use `Isolated(read_frames)` (00c_isolation) or reader='pyav'.
+    """Exactly these frames of a video. Of a damaged file decord may repeat old pictures without a word: for files of strangers ask for 'pyav', best in `Isolated(read_frames)` (00c_isolation).
 
     Raises FileNotFoundError, VideoError (a ValueError) if the file cannot be decoded, ValueError for a frame it does not have,
     and ImportError if decord is asked for and not installed.
