@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 LIBRARY = [path for path in NOTEBOOKS if re.match(r'\d', path.name)]
 NUMBERS = {re.sub(r'^\d+[a-z]?_', '', path.stem): path.stem.split('_')[0] for path in LIBRARY}
+NUMBERS['files'] = ''  # even the first notebook, which readers want to see first, writes files
 
 def run(command: str, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
     "A command of nbdev."
@@ -39,7 +40,7 @@ def test_runs(notebook):
     result = run('nbdev-test', str(notebook), '--n-workers', '0')
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
 
-@pytest.mark.parametrize('module', sorted(NUMBERS))
+@pytest.mark.parametrize('module', sorted(set(NUMBERS) & {path.stem for path in (ROOT/'vicc').glob('*.py')}))
 def test_imports_only_from_lower_numbers(module):
     for node in ast.walk(ast.parse((ROOT/'vicc'/f'{module}.py').read_text(encoding='utf-8'))):
         names = [('vicc.' if node.level else '') + node.module] if isinstance(node, ast.ImportFrom) and node.module else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -94,7 +94,7 @@ def test_links(shapes, tmp_path):
     shutil.rmtree(tmp_path/'videos')  # what is prepared does not need its videos any more
     assert prepare(rows, tmp_path/'videos', tmp_path/'store', SETTINGS, **QUIET).report['videos_made'] == 0
 
-def test_a_changed_store_is_noticed(whole, tmp_path):
+def test_a_changed_store_is_noticed_and_mended(shapes, whole, tmp_path):
     shutil.copytree(whole.path, tmp_path/'store')
     store = Store(tmp_path/'store')
     assert store.check().empty and store.check(content=False).empty
@@ -105,6 +105,8 @@ def test_a_changed_store_is_noticed(whole, tmp_path):
     second.write_bytes(second.read_bytes()[:-1])
     third.unlink()
     assert [text.split(' (')[0] for text in store.check().problem] == ['was changed', f'has {second.stat().st_size} bytes, not {second.stat().st_size + 1}', 'cannot be read']
+    assert prepare(shapes['train'], shapes['videos'], tmp_path/'store', SETTINGS, **QUIET).report['videos_made'] == 3  # prepare makes them again
+    assert contents(tmp_path/'store') == contents(whole.path) and store.check().empty
     (tmp_path/'store'/'checksums.csv').write_text('a,b\n1,2\n')
     with pytest.raises(ValueError, match='checksums.csv has the columns a, b'): store.check()
 

@@ -225,10 +225,11 @@ def prepare_video(
     settings: PrepareSettings,  # how
     device: str = 'cpu',  # where flow is computed
     note: Path | None = None,  # where the text goes that says what was odd, if anything was
+    expected: dict[str, Any] | None = None,  # CHECKSUMS that the files had when they were made: if they have others now, they are made again
 ) -> dict[str, Any]:  # num_frames, fps, width and height of the stored video; CHECKSUMS; note; made (not found); seconds of decode, flow and encode
     "Make both files of one video, or find that they are there. Raises VideoError with the reason if the source is of no use."
     facts, seconds = stored_facts(rgb, flow), Counter(decode=0., flow=0., encode=0.)
-    made = facts is None
+    made = facts is None or expected not in (None, checksums(rgb, flow))
     if made:
         for path in (rgb, flow): path.parent.mkdir(parents=True, exist_ok=True)
         try: make_video(source, rgb, flow, settings, device, note, seconds)
@@ -428,11 +429,12 @@ def prepare_task(
     settings: dict,  # fields of PrepareSettings
     device: str = 'cpu',  # 'cpu' or 'cuda'
     note: Path | None = None,  # where the text goes that says what was odd
+    expected: dict[str, Any] | None = None,  # CHECKSUMS of the files, if they were made before
 ) -> dict[str, Any]:  # of prepare_video
     "`prepare_video` with arguments that any process understands, in one thread: there is a process for every core."
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    return prepare_video(source, rgb, flow, PrepareSettings(**settings), gpu_of_worker(device), note)
+    return prepare_video(source, rgb, flow, PrepareSettings(**settings), gpu_of_worker(device), note, expected)
 
 # %% ../nbs/04_prepare.ipynb #3dd36fe9
 def found_before(
@@ -470,8 +472,8 @@ def run_here(
     tasks: dict[str, tuple],  # video name → arguments of prepare_task
 ) -> Iterator[tuple[str, dict | Exception]]:  # video name and its row, or what went wrong
     "The same in this process, where a crash would end the run."
-    for name, (source, rgb, flow, values, device, note) in tasks.items():
-        try: yield name, prepare_video(source, rgb, flow, PrepareSettings(**values), gpu_of_worker(device), note)
+    for name, (source, rgb, flow, values, device, *rest) in tasks.items():
+        try: yield name, prepare_video(source, rgb, flow, PrepareSettings(**values), gpu_of_worker(device), *rest)
         except Exception as error: yield name, error
 
 def check_mount(
@@ -617,10 +619,11 @@ def task_of(
     store: Path,  # the store's folder
     settings: PrepareSettings,  # how
     device: str,  # 'cpu' or 'cuda'
+    expected: dict[str, Any] | None = None,  # CHECKSUMS of its files, if they were made before
 ) -> tuple:  # arguments of prepare_task
     "What is to be done for a video."
     place = PurePosixPath(video)
-    return videos/video, *(store/stream/place.with_suffix('.mp4') for stream in STREAMS), asdict(settings), device, store/'notes'/place.with_suffix('.txt')
+    return videos/video, *(store/stream/place.with_suffix('.mp4') for stream in STREAMS), asdict(settings), device, store/'notes'/place.with_suffix('.txt'), expected
 
 def cores() -> int:  # how many
     "The cores that this process may use; if torchrun or accelerate started several on this machine, its share of them."
@@ -661,7 +664,8 @@ def prepare(
         part, mine = part_file(store, rows, settings, shard, num_shards), rows.iloc[shard::num_shards]
         part.unlink(missing_ok=True)
         found, problems, progress = {}, {}, Progress(mine, log)
-        tasks = {video: task_of(video, videos, store, settings, device) for video in mine.video if video not in there}
+        known = read_checksums(store)
+        tasks = {video: task_of(video, videos, store, settings, device, known.get(video)) for video in mine.video if video not in there}
         for video, result in chain(((video, there[video]) for video in mine.video if video in there), run_tasks(tasks, workers, limits)):
             if isinstance(result, Exception): check_mount(videos/video, videos, rows.video)
             (problems if isinstance(result, Exception) else found)[video] = result

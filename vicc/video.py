@@ -246,7 +246,7 @@ def fit_for_decord(
         with open_container(path) as container:
             video = container.streams.video[0]
             check_claims(path, video)
-            return video.frames <= path.stat().st_size  # a frame takes a byte at least
+            return video.codec_context.width > 0 and video.frames <= path.stat().st_size  # a frame takes a byte at least
     except (av.FFmpegError, IndexError, VideoError): return False
 
 CONTAINERS_WITH_TIMES = {'.mp4', '.m4v', '.mov', '.mkv', '.webm', '.avi'}
@@ -293,6 +293,7 @@ def read_with_pyav(
     keep, last, frames, seen = None if wanted is None else set(wanted.tolist()), np.inf if wanted is None else wanted[-1], [], 0
     for picture in decoded_frames(path):
         if keep is None or seen in keep: frames.append(to_rgb(picture))
+        if frames and frames[-1].shape != frames[0].shape: raise VideoError(f'{path}: frame {seen} is of another size than those before it: prepare the video, which makes all frames one size')
         seen += 1
         if seen > last: break
     if seen == 0: raise VideoError(f'{path} holds no frame that can be decoded: leave it out, or replace it')

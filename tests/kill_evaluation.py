@@ -1,0 +1,124 @@
+"""Kill an evaluation at random moments, start it again each time, and compare the end with an unbroken one, bit for bit.
+
+python tests/kill_evaluation.py OUT.csv [KILLS] [--seed 0]
+
+The evaluation calls what nbs/run_evaluate.ipynb calls: features of both streams with retrieval and the quick probe, then a linear probe and fine-tuning with ten crops.
+Each kill is a SIGKILL in one of these parts (seeded), a random moment after a piece of it was saved. `python tests/kill_evaluation.py evaluate FOLDER OUTPUT` is the evaluation.
+"""
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from vicc.alternation import Recipe, find_project, new_streams
+from vicc.classification import FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, accuracy, classify
+from vicc.evaluation import evaluate_stream, two_stream_recall
+from vicc.manifests import read_manifest, save_text, write_whole
+from vicc.prepare import STREAMS, Store, prepare
+from vicc.synthetic import make_moving_shapes
+
+TINY = dict(num_prototypes=6, projection_dim=8, backbone_options={'width': 4}, test_step=2, cache_gib=0.0)
+EPOCHS = 6  # of each classifier
+PARTS = ('features rgb', 'features flow', 'linear probe', 'fine-tuning')
+
+def prepare_evaluation(folder: Path) -> list[str]:
+    "Videos, a store and a recipe in a folder; the command, to which the output has to be added."
+    made = make_moving_shapes(folder/'shapes', 16, 8, threads=1)
+    recipe = Recipe.create({**yaml.safe_load((find_project(__file__)/'nbs'/'recipes'/'demo.yaml').read_text()), **TINY})
+    recipe.write(folder/'recipe.yaml')
+    for name in ('train', 'test'): prepare(made[name], made['videos'], folder/'store', recipe.prepare_settings(), log=lambda line: None)
+    return [sys.executable, __file__, 'evaluate', str(folder)]
+
+def evaluate(folder: Path, output: Path) -> None:
+    "Everything that run_evaluate computes, of random streams, in small pieces."
+    torch.set_num_threads(1)
+    recipe, store = Recipe.read(folder/'recipe.yaml'), Store(folder/'store')
+    rows = {name: store.select(read_manifest(folder/'shapes'/f'{name}.csv')) for name in ('train', 'test')}
+    clips = {name: {stream: recipe.test_clips(store, part, stream) for stream in STREAMS} for name, part in rows.items()}
+    labels = {name: torch.tensor(part['rgb'].kept_rows().label.to_numpy()) for name, part in clips.items()}
+    streams, numbers, features, kept = new_streams(recipe), {}, {}, {}
+    for name, stream in streams.items():
+        numbers[f'features {name}'], features[name] = evaluate_stream(stream, name, clips['train'][name], clips['test'][name], recipe.view_size, None, cache=output/f'features {name}', part_clips=10)
+        kept |= {f'{name} {what}': value for what, value in features[name].items()}
+    numbers['both'] = {f'R@{k}': value for k, value in two_stream_recall(features, labels['test'], labels['train']).items()}
+    views, classes = replace(TRAINING_VIEWS, size=recipe.view_size), int(labels['train'].max()) + 1
+    for title, protocol in (('linear probe', LINEAR_PROBE), ('fine-tuning', replace(FINE_TUNING, dropout=.2))):
+        settings = replace(protocol.shortened(EPOCHS), batch_size=4, validation_fraction=.3)
+        kept[title], history = classify(title, streams['rgb'], 'rgb', store, rows['train'], clips['test']['rgb'], classes, settings, output/title, recipe.clip_length, recipe.clip_stride, views, 'ten', 56,
+                                        recipe.min_frames, cache_gib=0)
+        numbers[title] = dict(right=accuracy(kept[title], labels['test']), history=history.drop(columns='clips_per_second').to_dict('list'))
+    with write_whole(output/'tensors.safetensors') as part: save_file({name: value.contiguous() for name, value in kept.items()}, part)
+    save_text(output/'numbers.json', json.dumps(numbers))
+
+def start(command: list[str], output: Path) -> subprocess.Popen:
+    "Start an evaluation in the background; what it says goes to a file."
+    output.mkdir(parents=True, exist_ok=True)
+    with (output/'said.txt').open('a') as said:
+        return subprocess.Popen([*command, str(output)], stdout=said, stderr=said, env=dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))
+
+def pieces(output: Path) -> dict[str, int]:
+    "How many pieces each part has saved: files of features, epochs and then the probabilities of classifiers."
+    found = {part: len(list(output.glob(f'{part}/*/clips-*.safetensors'))) for part in PARTS[:2]}
+    for part in PARTS[2:]:
+        epochs = [int(path.stem[6:]) for path in output.glob(f'{part}/checkpoints/epoch-*')]
+        found[part] = max(epochs, default=0) + len(list(output.glob(f'{part}/probabilities/*/*.safetensors')))
+    return found
+
+def kill_at(process: subprocess.Popen, output: Path, goal: int, rest: float, patience: float = 120) -> bool:
+    "Kill as soon as so many pieces are saved, and a moment later; False if the evaluation was over before."
+    deadline = time.monotonic() + patience
+    while process.poll() is None and sum(pieces(output).values()) < goal and time.monotonic() < deadline: time.sleep(.002)
+    time.sleep(rest)
+    if process.poll() is not None: return False
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return True
+
+def differences(one: Path, two: Path) -> list[str]:
+    "What is not the same, bit for bit: features, probabilities, numbers, histories."
+    ours, theirs = (load_file(folder/'tensors.safetensors') for folder in (one, two))
+    found = [name for name in ours if ours[name].numpy().tobytes() != theirs[name].numpy().tobytes()]
+    ours, theirs = (json.loads((folder/'numbers.json').read_text()) for folder in (one, two))
+    return found + [f'numbers: {name}' for name in ours if json.dumps(ours[name]) != json.dumps(theirs[name])]
+
+def kill_evaluation(folder: Path, kills: int, seed: int = 0) -> pd.DataFrame:
+    "One row a kill; the last columns tell of the end of the evaluation that was killed so often."
+    command, rng = prepare_evaluation(folder), np.random.default_rng(seed)
+    assert start(command, folder/'unbroken').wait() == 0, (folder/'unbroken'/'said.txt').read_text()
+    every, broken, rows = pieces(folder/'unbroken'), folder/'broken', []
+    begins = dict(zip(PARTS, np.cumsum([0, *every.values()]).tolist()))
+    goals = sorted(begins[part] + int(rng.integers(every[part])) for part in rng.permutation(list(PARTS)*-(-kills//len(PARTS)))[:kills])  # as many in each part
+    for number, goal in enumerate(goals, 1):
+        before = pieces(broken)
+        killed = kill_at(start(command, broken), broken, max(goal, sum(before.values()) + (number > 1)), float(rng.uniform(0, .3)))
+        found = pieces(broken)
+        rows.append(dict(kill=number, part=next((part for part in PARTS if found[part] < every[part]), 'the end'), pieces_before=sum(before.values()), pieces_after=sum(found.values()), pieces_in_all=sum(every.values()),
+                         half_written=len(list(broken.rglob('.*.part*'))), killed=killed))
+    assert start(command, broken).wait() == 0, (broken/'said.txt').read_text()
+    different = differences(folder/'unbroken', broken)
+    return pd.DataFrame(rows).assign(numbers_and_features_identical=not different, different='; '.join(different)[:200])
+
+if __name__ == '__main__' and sys.argv[1:2] == ['evaluate']: evaluate(*map(Path, sys.argv[2:4]))
+elif __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('output', type=Path)
+    parser.add_argument('kills', type=int, nargs='?', default=10)
+    parser.add_argument('--seed', type=int, default=0)
+    values = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder: table = kill_evaluation(Path(folder), values.kills, values.seed)
+    table['machine'] = f'{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}'
+    table.to_csv(values.output, index=False)
+    print(table.to_string())
