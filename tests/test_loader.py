@@ -143,6 +143,9 @@ def test_other_files_are_read_as_pixels(store):
     video = store.manifest.video[0]
     frames = store.read(video, 'rgb')
     write_video(store.file(video, 'rgb'), frames, pixel_format='yuv444p', crf=0)
+    replaced = dataset(store)[0]['replaced']
+    assert replaced[0][0] == video and 'its checksum is another' in replaced[0][1]  # a file that prepare did not write
+    (store.path/'checksums.csv').unlink()  # as in a store of an older version
     item = dataset(store)[0]
     assert not item['rgb'][0].planar and item['flow'][0].planar and item['rgb'][0].data.shape[1:3] == (item['rgb'][0].height, item['rgb'][0].width)
     mixed = collate([dataset(store)[sample] for sample in (0, 1)])

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from .augment import ViewSettings, draw_pair
-from .prepare import STREAMS, Store
+from .files import file_facts
+from .prepare import STREAMS, Store, read_checksums
 from .video import VideoError, clip_indices, existing_file, open_container, random_clip_start, test_clip_indices
 
 # %% ../nbs/06_data.ipynb #592db435
@@ -150,6 +151,8 @@ class Frames:
         if unknown := set(streams) - set(STREAMS): raise ValueError(f"stream '{sorted(unknown)[0]}' is not 'rgb' or 'flow'")
         self.store, self.streams = store, tuple(streams)
         self.shapes = dict(zip(rows.video, zip(rows.num_frames, rows.height, rows.width)))
+        checksums = read_checksums(store.path)
+        self.checksums = {(video, stream): dict(bytes=facts[f'{stream}_bytes'], sha256=facts[f'{stream}_sha256']) for video, facts in checksums.items() if video in self.shapes for stream in streams}
         channels = sum({'rgb': 3, 'flow': 2}[stream] for stream in streams)
         self.bytes = int((rows.num_frames*rows.height*rows.width).sum())*channels  # of all frames, decoded
         self.kept: dict[tuple[str, str], np.ndarray] | None = {} if self.bytes <= cache_gib*2**30 else None
@@ -163,15 +166,28 @@ class Frames:
         "These frames of a video."
         top, left, height, width = box or (0, 0, None, None)
         part = slice(None), slice(top, height and top + height), slice(left, width and left + width)
-        if self.kept is None: return self.store.read(video, stream, indices)[part]
+        if self.kept is None:
+            self.sound(video, stream)
+            return self.store.read(video, stream, indices)[part]
         if (video, stream) not in self.kept: self.kept[video, stream] = self.whole(video, stream)
         return self.kept[video, stream][part][indices]
+
+    def sound(self,
+        video: str,  # name in the manifest
+        stream: str,  # 'rgb' or 'flow'
+    ) -> Path:  # its file
+        "Looks once, in each process, whether a file is what `prepare` wrote. Raises VideoError if not, FileNotFoundError."
+        file, expected = self.store.file(video, stream), self.checksums.get((video, stream))
+        if expected is not None and file_facts(existing_file(file)) != expected: raise VideoError(f'{file} was changed since it was made (its checksum is another): prepare this video again')
+        self.checksums.pop((video, stream), None)
+        return file
 
     def whole(self,
         video: str,  # name in the manifest
         stream: str,  # 'rgb' or 'flow'
     ) -> np.ndarray:  # uint8 [T, H, W, C]
         "All frames of a video. Raises VideoError if they are not what the manifest says."
+        self.sound(video, stream)
         frames = self.store.read(video, stream)
         if frames.shape[:3] != self.shapes[video]:
             raise VideoError(f'{self.store.file(video, stream)} has {len(frames)} frames of {frames.shape[1]}×{frames.shape[2]}, and not what the manifest says: prepare this video again')
@@ -183,7 +199,7 @@ class Frames:
         wanted: Sequence[tuple[np.ndarray, Box]],  # clips: frame numbers, and what to cut out (even numbers)
     ) -> list[RawClip]:  # one for each
         "Clips of one video: planes if they must be decoded, pixels if they are kept. Raises VideoError and FileNotFoundError."
-        clips = read_planes(self.store.file(video, stream), stream, wanted) if self.kept is None else None
+        clips = read_planes(self.sound(video, stream), stream, wanted) if self.kept is None else None
         if clips is not None: return clips
         top, left, height, width = around([box for _, box in wanted])
         frames = np.concatenate([indices for indices, _ in wanted])

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['STOP_SIGNALS', 'SumOverProcesses', 'WholeBatchNorm', 'synchronise_batchnorm', 'restore_batchnorm', 'anywhere',
-           'Stopped', 'StopRequest', 'stop_on_signals']
+           'meet_again', 'Stopped', 'StopRequest', 'stop_on_signals']
 
 # %% ../nbs/11d_processes.ipynb #3c91111a
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -93,6 +95,18 @@ def anywhere(
     "Agree on yes or no. All processes must ask the same."
     flags = torch.stack([torch.as_tensor(answer, device=accelerator.device).float() for answer in answers])
     return [number > 0 for number in accelerator.reduce(flags, 'sum').tolist()]
+
+# %% ../nbs/11d_processes.ipynb #cbf8fd6c
+def meet_again(
+    backend: str,  # 'nccl' or 'gloo'
+    timeout: timedelta,  # to wait for the others
+) -> bool:  # whether this was a second start
+    "Join the other processes after torchrun has started all of them again. To be called before anything else joins them."
+    start = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+    if not start or os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True' or dist.is_initialized(): return False
+    table = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timeout)
+    dist.init_process_group(backend, store=dist.PrefixStore(f'start {start}', table), rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']), timeout=timeout)
+    return True
 
 # %% ../nbs/11d_processes.ipynb #3ca45a9c
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name))
