@@ -6,9 +6,9 @@
 __all__ = ['LINEAR_PROBE', 'FINE_TUNING', 'TRAINING_VIEWS', 'VIEWS', 'RELEASED_JITTER', 'check_probabilities', 'accuracy',
            'confusion', 'per_class_accuracy', 'fuse', 'ClassifierSettings', 'Classifier', 'load_classifier',
            'check_labels', 'LabelledClips', 'crop_choices', 'crops_of_clips', 'predict', 'split_validation',
-           'middle_clips', 'save_progress', 'load_progress', 'train_epoch', 'validate', 'classifier_line', 'is_best',
-           'parameter_groups', 'training_facts', 'finish_training', 'train_classifier', 'cached_predict',
-           'predictions_table', 'classify']
+           'middle_clips', 'save_progress', 'saved_weights', 'is_history', 'load_progress', 'train_epoch', 'validate',
+           'classifier_line', 'is_best', 'parameter_groups', 'training_facts', 'finish_training', 'train_classifier',
+           'cached_predict', 'predictions_table', 'classify']
 
 # %% ../nbs/14b_classification.ipynb #485b0cda
 import math
@@ -32,10 +32,12 @@ from .augment import ViewSettings, apply_view, crop_boxes, draw_view
 from .backbones import create_backbone
 from .data import RandomClips, TestClips, cut_box, epoch_batches, set_epoch, training_loader
 from .retrieval import cached_parts, centred_view, clip_parts, clips_hash, evaluation_copy, test_runs, view_batches, weights_hash
-from .manifests import save_text, split_manifest, write_whole
+from .files import explained, save_text, write_whole
+from .manifests import split_manifest
 from .optim import set_learning_rate
 from .prepare import Store
-from .streams import Stream, load_saved, save_stream
+from .reading import shortened_line, shown
+from .streams import Stream, load_saved, read_checkpoint, save_stream
 from .training import seeded, videos_hash
 from .video import clip_indices, random_clip_start
 
@@ -342,7 +344,7 @@ def save_progress(
     facts: dict[str, Any],  # what the checkpoint belongs to; compared on loading
 ) -> None:
     "Save all that changes, and the best weights if they are new; then delete what is no longer needed."
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(folder): folder.mkdir(parents=True, exist_ok=True)
     epoch, best = history[-1]['epoch'], history[-1]['best_epoch']
     if best == epoch:
         with write_whole(folder/f'best-{best:04d}.pt') as part: torch.save(classifier.state_dict(), part)
@@ -352,6 +354,20 @@ def save_progress(
         if path.name not in (f'best-{best:04d}.pt', f'epoch-{epoch:04d}.pt') and not path.name.startswith('.'): path.unlink(missing_ok=True)
 
 # %% ../nbs/14b_classification.ipynb #fc002f53
+def saved_weights(
+    path: Path,  # a file of save_progress
+) -> Any:  # what is in it, on the CPU
+    "Read a checkpoint without running anything in it. Raises ValueError for a file that is missing or damaged."
+    if not path.is_file(): raise ValueError(f'{path} is gone: delete {path.parent} to start this training again, or bring the file back from a copy')
+    return read_checkpoint(path, f'Delete {path.parent} to start this training again, or bring the file back from a copy')
+
+def is_history(
+    rows: Any,  # from a checkpoint
+) -> bool:
+    "Whether these are the rows of a training, with the epochs counted from 1."
+    return (isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and row.get('epoch') == number for number, row in enumerate(rows, 1))
+            and all(type(row.get('best_epoch')) is int and 1 <= row['best_epoch'] <= row['epoch'] for row in rows))
+
 def load_progress(
     classifier: Classifier,  # newly made; brought to where the checkpoint was
     optimiser: torch.optim.Optimizer,  # the same
@@ -362,12 +378,18 @@ def load_progress(
     "Go on from the newest checkpoint. Raises ValueError if it was made with other settings."
     paths = sorted(folder.glob('epoch-*.pt'))
     if not paths: return []
-    state = torch.load(paths[-1], map_location='cpu', weights_only=True)
-    other = [f'{key} was {state["facts"].get(key)}, is {value}' for key, value in facts.items() if state['facts'].get(key) != value]
+    state = saved_weights(paths[-1])
+    was = state.get('facts') if isinstance(state, dict) else None
+    if not isinstance(was, dict): raise ValueError(f'{paths[-1]} does not say what it belongs to, so no training wrote it: delete {folder}, or choose another folder')
+    other = [f'{key} was {shown(was.get(key), 300)}, is {shown(value, 300)}' for key, value in facts.items() if was.get(key) != value]
     if other: raise ValueError(f'{folder} holds a training with other settings ({"; ".join(other)}): choose another folder, or the settings it has')
-    classifier.load_state_dict(state['weights'])
-    optimiser.load_state_dict(state['optimiser'])
-    if state['scaler']: scaler.load_state_dict(state['scaler'])
+    try:
+        if not is_history(state['history']): raise ValueError('its history does not count the epochs')
+        classifier.load_state_dict(state['weights'])
+        optimiser.load_state_dict(state['optimiser'])
+        if state['scaler']: scaler.load_state_dict(state['scaler'])
+    except Exception as error:
+        raise ValueError(f'{paths[-1]} does not fit this training ({type(error).__name__}: {shortened_line(error)}), though its settings do: delete {folder} to start again') from error
     return state['history']
 
 # %% ../nbs/14b_classification.ipynb #5376c411
@@ -469,7 +491,9 @@ def finish_training(
     "Give the classifier the weights of its best epoch."
     accelerator.wait_for_everyone()
     best = folder/f'best-{history[-1]["best_epoch"]:04d}.pt'
-    classifier.load_state_dict(torch.load(best, map_location='cpu', weights_only=True))
+    try: classifier.load_state_dict(saved_weights(best))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f'{best} does not hold the weights of this classifier ({shortened_line(error)}): delete {folder} to start this training again') from error
     classifier.eval()
     accelerator.free_memory()
     return pd.DataFrame(history)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'centre', 'cosine_similarity', 'nearest_neighbours', 'recall_at_k', 'retrieval_recall', 'centred_view',
            'test_runs', 'test_views', 'evaluation_copy', 'view_batches', 'extract_features', 'video_features',
-           'weights_hash', 'clips_hash', 'clip_parts', 'cached_parts', 'cached_features', 'chance_recall',
-           'OnlineRetrieval']
+           'weights_hash', 'clips_hash', 'clip_parts', 'values_hash', 'read_part', 'cached_parts', 'cached_features',
+           'chance_recall', 'OnlineRetrieval']
 
 # %% ../nbs/11b_retrieval.ipynb #ceb8cf6d
 import copy
@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from .augment import ViewSettings, apply_view
 from .data import TestClips, TestVideos
 from .fast import fold_batch_norm, make_fast, make_plain
-from .manifests import write_whole
+from .files import explained, write_whole
 from .progress import progress
 from .streams import Stream
 from .video import read_frames
@@ -245,6 +245,23 @@ def clip_parts(
     return [range(begin, end) for begin, end in zip(cuts, [*cuts[1:], len(videos)])]
 
 # %% ../nbs/11b_retrieval.ipynb #781f509d
+def values_hash(
+    values: Tensor,  # on the CPU
+) -> str:  # 64 hexadecimal digits
+    "The same for the same type, shape and numbers."
+    total = hashlib.sha256(f'{values.dtype} {tuple(values.shape)}'.encode())
+    total.update(values.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+def read_part(
+    file: Path,  # of cached_parts
+) -> Tensor | None:  # None: it is missing or damaged
+    "The numbers of a part, if they are those that were written."
+    try:
+        with safe_open(file, 'pt') as opened: values, said = opened.get_tensor('values'), (opened.metadata() or {}).get('sha256')
+    except (OSError, SafetensorError): return None
+    return values if said == values_hash(values) else None
+
 def cached_parts(
     folder: str | os.PathLike,  # for everything that is kept
     facts: str,  # all that the answer depends on
@@ -255,15 +272,14 @@ def cached_parts(
 ) -> Tensor:  # [videos, ...] of all parts
     "Compute part after part, and read from `folder` what it has already. A damaged part is computed again."
     place, answers = Path(folder)/hashlib.sha256(facts.encode()).hexdigest()[:16], []
-    place.mkdir(parents=True, exist_ok=True)
+    with explained(place): place.mkdir(parents=True, exist_ok=True)
     for part in parts:
         file = place/f'clips-{part.start:08d}-{part.stop:08d}.safetensors'
         wait()
-        try: answers.append(load_file(file)['values'])
-        except (FileNotFoundError, SafetensorError, KeyError):
-            answers.append(compute(part))
-            if write:
-                with write_whole(file) as beside: save_file({'values': answers[-1].contiguous()}, beside)
+        answers.append(found if (found := read_part(file)) is not None else compute(part))
+        if write and found is None:
+            values = answers[-1].contiguous()
+            with write_whole(file) as beside: save_file({'values': values}, beside, {'sha256': values_hash(values)})
     return torch.cat(answers)
 
 # %% ../nbs/11b_retrieval.ipynb #6d95bdb4
