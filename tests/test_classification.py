@@ -26,7 +26,7 @@ TINY = replace(FINE_TUNING, epochs=4, drops=(3,), batch_size=8, dropout=.5, lear
 
 class MadeUpStore:
     "A store in memory: bright videos are class 1, and brightness is all there is."
-    settings = SimpleNamespace(hash='made-up')
+    settings, path = SimpleNamespace(hash='made-up'), Path('made-up')
     def __init__(self, count: int, seed: int = 0):
         rng = np.random.default_rng(seed)
         sizes = [(24, 32) if number % 3 else (28, 24) for number in range(count)]

@@ -13,12 +13,14 @@ import argparse
 import ast
 import difflib
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import timedelta
+from errno import ENOENT
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,14 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import str_to_bool
 
 from .augment import ViewSettings
 from .data import TestClips, TwoStreamClips
-from .files import folder_lock, save_text
+from .files import AGAIN, StorageError, folder_lock, save_text
 from .manifests import read_manifest, read_rows, split_manifest
 from .prepare import PrepareSettings, STREAMS, Store, prepare
-from .processes import Stopped, stop_on_signals
+from .processes import Stopped, meet_again, stop_on_signals
 from .reading import plain_yaml, read_yaml, shown, yaml_text
 from .retrieval import OnlineRetrieval
 from .stage import Method, StageSettings, VICC
@@ -436,6 +439,7 @@ def alternate(
         write_facts(recipe, folder, streams, dataset.rows, method, accelerator)
         for number, stage in enumerate(recipe.plan()):
             place = stage_folder(folder, number, stage)
+            if accelerator.is_main_process and not (folder/'recipe.yaml').is_file(): raise StorageError(ENOENT, f'{folder} is not there any more: was a disk or a network mount taken away? Bring it back, {AGAIN}')
             if stage.name not in train: continue
             if (place/'stream').is_dir() and (place/'history.csv').is_file():
                 streams[stage.name] = load_stream(place/'stream')
@@ -470,6 +474,7 @@ def main(
         if wrong := [change for change in values.set if '=' not in change]: raise ValueError(f"--set {wrong[0]}: write name=value")
         recipe = Recipe.read(values.recipe, **{name: plain_yaml(value, f'--set {name}') for name, value in (change.split('=', 1) for change in values.set)})
         patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # the others wait while process 0 prepares the store
+        meet_again('nccl' if torch.cuda.is_available() and not str_to_bool(os.environ.get('ACCELERATE_USE_CPU', 'false')) else 'gloo', timedelta(days=7))
         accelerator, rows = Accelerator(mixed_precision=recipe.mixed_precision, kwargs_handlers=[patience]), read_manifest(values.manifest)
         place = values.store or Path(values.output)/'store'
         with accelerator.main_process_first():
@@ -480,5 +485,8 @@ def main(
         raise
     except KeyboardInterrupt: parser.exit(130, f'{parser.prog}: interrupted; what was saved is whole. Start the same command again to go on\n')
     except (ValueError, OSError) as error: parser.exit(2, f'{parser.prog}: {error}\n')  # OSError: a missing file, a full disk
+    except RuntimeError as error:
+        if int(os.environ.get('WORLD_SIZE', 1)) == 1 or not re.search('gloo|nccl|connection', str(error), re.IGNORECASE): raise
+        parser.exit(1, f'{parser.prog}: another process of this run has ended, and says itself why ({str(error).splitlines()[0][:200]}). Started again, the run goes on from its last checkpoint\n')
 
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -115,7 +115,9 @@ def write_checkpoint(
     place, process = folder/f'step-{step:09d}', accelerator.process_index
     if accelerator.is_main_process:
         remove_checkpoint(place)  # one that was not finished, or was found damaged
-        with explained(place): place.mkdir(parents=True)
+        with explained(place):
+            folder.mkdir(exist_ok=True)  # not its parents: if they are gone, so is the disk
+            place.mkdir()
     accelerator.wait_for_everyone()
     files = write_tree(place, f'process-{process}', own)
     if process == 0: files |= write_tree(place, 'shared', shared)

@@ -22,8 +22,8 @@ from typing import Any, Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
-import yaml
 
+from .reading import read_text, read_yaml, shown
 from .files import save_text, write_whole  # save_text: for the modules that look for it here
 
 # %% ../nbs/00_manifests.ipynb #a531ac27
@@ -110,7 +110,7 @@ def check_manifest(
     num_classes: int | None = None,  # labels must be below this, if given
 ) -> pd.DataFrame:  # columns as in COLUMNS, then any others; rows numbered from 0
     "A manifest that keeps all rules. Raises ValueError naming row and column of the first one broken."
-    if 'video' not in manifest.columns: raise ValueError(f"{where}: there is no column video (but {', '.join(map(str, manifest.columns))}): name one so")
+    if 'video' not in manifest.columns: raise ValueError(f"{where}: there is no column video (but {', '.join(map(str, manifest.columns))[:200]}): name one so")
     if len(manifest) == 0: raise ValueError(f'{where}: has no rows: add videos')
     cells = {name: list(manifest[name]) if name in manifest.columns else [unknown]*len(manifest) for name, unknown in COLUMNS.items()}
     for name in ('video', 'class_name', 'group'): cells[name] = ['' if cell is None or cell != cell else str(cell) for cell in cells[name]]
@@ -142,7 +142,7 @@ def read_rows(
     while rows and not any(rows[-1]): rows.pop()  # empty lines at the end do no harm
     if not rows: raise ValueError(f'{path}: is empty: the first row must name the columns')
     header = [name.strip() for name in rows[0]]
-    if len(set(header)) < len(header): raise ValueError(f"{path}: row 1: a column name appears twice in {', '.join(header)}")
+    if len(set(header)) < len(header): raise ValueError(f"{path}: row 1: a column name appears twice in {', '.join(header)[:200]}")
     for row, cells in enumerate(rows[1:]):
         if len(cells) != len(header):
             raise ValueError(f'{path}: row {row + 2}: has {len(cells)} cells, the header has {len(header)}: quote a name that holds a comma')
@@ -414,13 +414,13 @@ def ucf101_list(
     "The names in one official list, such as trainlist01.txt. Raises FileNotFoundError, and ValueError that names the line that is wrong."
     path, seen = Path(split_files)/f'{subset}list{split:02}.txt', {}
     if not path.is_file(): raise FileNotFoundError(f'there is no list {path}: check the folder, or leave split_files out (the group rule gives the same rows)')
-    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip(): continue
         name, *label = line.split()
         row = ucf101_row(name)
-        if row is None: raise ValueError(f"{path}: line {number}: '{name}' is no clip of the 101 classes (v_<Class>_g<group>_c<clip>.avi): fetch the list again")
+        if row is None: raise ValueError(f"{path}: line {number}: {shown(name)} is no clip of the 101 classes (v_<Class>_g<group>_c<clip>.avi): fetch the list again")
         if label and label != [str(row['label'] + 1)]:
-            raise ValueError(f"{path}: line {number}: '{name}' has the number {' '.join(label)}, but {row['class_name']} is {row['label'] + 1}: fetch the list again")
+            raise ValueError(f"{path}: line {number}: {shown(name)} has the number {' '.join(label)[:80]}, but {row['class_name']} is {row['label'] + 1}: fetch the list again")
         note_once(seen, name.rsplit('/', 1)[-1], number, f'{path}: line')
     return list(seen)
 
@@ -464,10 +464,10 @@ def hmdb51_list(
 ) -> list[str]:  # file names
     "The clips of one class with this mark. Raises ValueError for a line that has none, or a clip that is there twice."
     names, seen = [], {}
-    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip(): continue
         parts = line.rsplit(maxsplit=1)
-        if len(parts) != 2 or parts[1] not in '012': raise ValueError(f"{path}: line {number}: '{line}' is not a name and 0, 1 or 2: fetch the file again")
+        if len(parts) != 2 or parts[1] not in '012': raise ValueError(f"{path}: line {number}: {shown(line)} is not a name and 0, 1 or 2: fetch the file again")
         note_once(seen, parts[0], number, f'{path}: line')
         if parts[1] == mark: names.append(parts[0])
     return names
@@ -634,6 +634,6 @@ def dataset_description(
     "What datasets.yaml says about one data set. Raises ValueError for a name that it does not have."
     path = (Path(folder) if folder is not None else data_manifests_folder())/'datasets.yaml'
     if not path.is_file(): raise FileNotFoundError(f'there is no {path}: give the folder data_manifests of the project')
-    known = yaml.safe_load(path.read_text(encoding='utf-8'))
-    if name not in known: raise ValueError(f"there is no data set '{name}' in {path}: choose {', '.join(known)}")
+    known = read_yaml(path)
+    if not isinstance(known.get(name), dict): raise ValueError(f"there is no data set '{name}' in {path}: choose {', '.join(map(str, known))[:200]}")
     return known[name]

@@ -261,7 +261,7 @@ def read_record(
 ) -> dict[str, Any]:  # what is in it; {}: there is none
     "A small JSON file of a store. Raises ValueError that names it if it is damaged."
     try: record = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-    except (ValueError, RecursionError) as error: raise ValueError(f'{file} is not what prepare writes ({type(error).__name__}: {error}): make the store again in another folder') from error
+    except (ValueError, RecursionError) as error: raise ValueError(f'{file} is not what prepare writes ({type(error).__name__}: {str(error)[:200]}): make the store again in another folder') from error
     if not isinstance(record, dict): raise ValueError(f'{file} is not what prepare writes (a {type(record).__name__}): make the store again in another folder')
     return record
 
@@ -275,7 +275,7 @@ def read_settings(
     record = read_record(store/'settings.json')
     try: return PrepareSettings(**record['settings'])
     except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise ValueError(f'{store/"settings.json"} is not what prepare writes ({error}): make the store again in another folder') from error
+        raise ValueError(f'{store/"settings.json"} is not what prepare writes ({str(error)[:200]}): make the store again in another folder') from error
 
 def read_checksums(
     store: Path,  # the store's folder

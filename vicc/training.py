@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMING', 'Upkeep', 'Begun', 'save_checkpoint', 'adopt', 'load_checkpoint', 'Watcher', 'collapsed', 'check_collapse',
-           'Keeper', 'videos_hash', 'epoch_line', 'seeded', 'timed', 'loader_line', 'train_epoch', 'train_one',
-           'memory_advice', 'stage_facts', 'stage_loaders', 'check_stage', 'train_stage']
+           'finite', 'Keeper', 'videos_hash', 'epoch_line', 'seeded', 'timed', 'loader_line', 'train_epoch',
+           'train_one', 'memory_advice', 'stage_facts', 'stage_loaders', 'check_stage', 'train_stage']
 
 # %% ../nbs/12_training.ipynb #39c18bcc
 import hashlib
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from .checkpoints import read_checkpoint, write_checkpoint
 from .data import EpochBatches, TwoStreamClips, epoch_batches, set_epoch, training_loader
-from .files import save_text
+from .files import explained, save_text
 from .optim import cosine_schedule, set_learning_rate
 from .prepare import STREAMS
 from .processes import StopRequest, Stopped, anywhere, stop_on_signals
@@ -197,6 +197,12 @@ def check_collapse(
                      'Everything is saved: the same command with patience=0 goes on')
 
 # %% ../nbs/12_training.ipynb #b92c0097
+def finite(
+    values: Iterable[Any],  # tensors; anything else is passed over
+) -> Tensor:  # truth value, where the tensors are
+    "Whether all tensors hold nothing but numbers."
+    return torch.stack([value.detach().float().sum() for value in values if isinstance(value, Tensor)]).isfinite().all()
+
 @dataclass
 class Keeper:
     "What happens between steps: look whether all is well, save, stop when asked."
@@ -213,9 +219,13 @@ class Keeper:
         step = len(self.history)*self.steps + (begun.step if begun else 0)
         save_checkpoint(self.stage, self.folder, self.history, self.facts, step, begun, self.upkeep.keep_checkpoints)
 
+    def sound(self) -> Tensor:
+        "Whether all weights are numbers. A finite loss can have a gradient that is not, and what is saved must be of use."
+        return finite(self.stage.model.parameters())
+
     def bad_loss(self, epoch: int) -> ValueError:
-        "What to do about a loss that is not a number."
-        return ValueError(f'{self.facts["title"]}: the loss of epoch {epoch + 1} is infinite or not a number: lower the learning rate ({self.stage.settings.learning_rate}) or use '
+        "What to do about a loss, or a weight, that is not a number."
+        return ValueError(f'{self.facts["title"]}: the loss or a weight of epoch {epoch + 1} is infinite or not a number: lower the learning rate ({self.stage.settings.learning_rate}) or use '
                           f'mixed_precision bf16 or no, and start in another folder; the last good checkpoint is in {self.folder}')
 
     def after_step(self, epoch: int, step: int, meter: Any, seconds: float, waited: float) -> None:
@@ -223,8 +233,7 @@ class Keeper:
         accelerator, due = self.stage.accelerator, self.upkeep.save_every_steps and step % self.upkeep.save_every_steps == 0
         asked = bool(self.request.name)
         if not (due or step % self.upkeep.check_every == 0 or (asked and accelerator.num_processes == 1)): return
-        numbers = torch.stack([value.float().sum() for value in vars(meter).values() if isinstance(value, Tensor)])
-        bad, asked = anywhere(accelerator, ~numbers.isfinite().all(), asked)
+        bad, asked = anywhere(accelerator, ~(finite(vars(meter).values()) & self.sound()), asked)
         if bad: raise self.bad_loss(epoch)
         if due or asked: self.save(Begun.after(step, meter, accelerator.device, seconds, waited))
         if asked: self.leave(f'step {step} of epoch {epoch + 1}')
@@ -338,7 +347,7 @@ def train_one(
     set_epoch(loader, epoch)
     if shared is not loader: shared.set_epoch(epoch)  # accelerate counts epochs of its own
     numbers = train_epoch(stage, shared, epoch, begun, keeper, log)
-    if not math.isfinite(numbers['loss']): raise keeper.bad_loss(epoch)
+    if anywhere(stage.accelerator, ~keeper.sound() | (not math.isfinite(numbers['loss'])))[0]: raise keeper.bad_loss(epoch)
     due = online is not None and stage.accelerator.is_main_process and online.due(epoch + 1, stage.settings.epochs)
     keeper.history.append(dict(stage=title, stream=stage.name, epoch=epoch + 1, ln_k=stage.reference_loss, num_prototypes=len(stage.stream.prototypes.weight), **numbers,
                                online_r1=online(stage.stream, stage.name) if due else math.nan))
@@ -419,6 +428,8 @@ def train_stage(
     facts = stage_facts(title, dataset, settings, other, accelerator, method)
     loader, shared = stage_loaders(dataset, settings, accelerator, workers)
     stage = method.stage(name, stream, settings, dataset, accelerator, other, **method.values)
+    if accelerator.is_main_process:
+        with explained(folder): Path(folder).mkdir(parents=True, exist_ok=True)
     history, begun = load_checkpoint(stage, Path(folder), facts)
     if upkeep.compile: stage.speed_up()
     if (history or begun) and accelerator.is_main_process: log(f'{title}: going on after epoch {len(history)}{f" and {begun.step} steps" if begun else ""} of {settings.epochs}')
