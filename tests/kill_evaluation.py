@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from vicc.alternation import Recipe, find_project, new_streams
 from vicc.classification import FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, accuracy, classify
 from vicc.evaluation import evaluate_stream, two_stream_recall
-from vicc.manifests import read_manifest, save_text, write_whole
+from vicc.files import save_text, write_whole
+from vicc.manifests import read_manifest
 from vicc.prepare import STREAMS, Store, prepare
 from vicc.synthetic import make_moving_shapes
 

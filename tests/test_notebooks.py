@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 LIBRARY = [path for path in NOTEBOOKS if re.match(r'\d', path.name)]
 NUMBERS = {re.sub(r'^\d+[a-z]?_', '', path.stem): path.stem.split('_')[0] for path in LIBRARY}
-NUMBERS['files'] = NUMBERS['reading'] = ''  # even the first notebook, which readers want to see first, reads and writes files
 
 def run(command: str, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
     "A command of nbdev."

@@ -82,7 +82,7 @@ def test_the_device_is_not_asked_at_every_step(store, cpu, tmp_path, monkeypatch
     asked = []
     monkeypatch.setattr(vicc.training, 'anywhere', lambda accelerator, *answers: asked.append(len(answers)) or [False]*len(answers))
     train(store, cpu, tmp_path, upkeep=Upkeep(check_every=3))
-    assert asked == [2, 1]*3  # once after the third of four steps, and once an epoch
+    assert asked == [2, 1, 1]*3  # once after the third of four steps, and twice at the end of an epoch: before it is saved, and after
 
 def test_collapse_stops_after_patience_and_can_go_on(store, cpu, tmp_path, monkeypatch):
     import vicc.training

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .alternation import Recipe
 from .data import TestClips
-from .manifests import check_parts, read_manifest, save_text
+from .files import save_text
+from .manifests import check_parts, read_manifest
 from .prepare import STREAMS, Store
 from .prototypes import sinkhorn
 from .retrieval import cached_features, centred_view, cosine_similarity, recall_at_k, retrieval_recall

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .manifests import write_whole
+from .files import write_whole
 
 # %% ../nbs/03_flow.ipynb #6ef7b233
 SMALLEST_SIDE = 16  # pixels; below this a frame is too small for any of the methods

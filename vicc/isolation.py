@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READY', 'NO_WORKERS', 'POLL', 'Limits', 'WorkerDied', 'Pulse', 'sign_of_life', 'trusted', 'end_with_parent',
-           'no_core_dump', 'portable', 'serve', 'cause_of_death', 'Worker', 'end_all', 'Crew', 'Isolated']
+           'no_core_dump', 'portable', 'serve', 'cause_of_death', 'Worker', 'end_all', 'Watch', 'Crew', 'Isolated']
 
 # %% ../nbs/00c_isolation.ipynb #8aa4bfea
 import importlib
@@ -83,6 +83,7 @@ def portable(
     except Exception: pass
     return RuntimeError(f'{type(error).__name__}: {error}')
 
+# %% ../nbs/00c_isolation.ipynb #8bcd9b6c
 READY = 'ready'  # the first word of a worker
 
 def serve(
@@ -115,6 +116,7 @@ def cause_of_death(
     names = {number.value: number.name for number in signal.Signals}
     return f'crashed ({names.get(-code, f"signal {-code}")})'
 
+# %% ../nbs/00c_isolation.ipynb #1fbfa091
 class Worker:
     "A process that does one task after the other."
     def __init__(self, limits: Limits):
@@ -159,31 +161,14 @@ def end_all(
 NO_WORKERS = '''no worker process could start. Each of them imports the script that called: keep the call under "if __name__ == '__main__':", or use workers=0'''
 POLL = .1  # seconds from one look at the workers to the next
 
-class Crew:
-    "Workers that stay for several lists of tasks. Use it as a context, or call `close`."
+class Watch:
+    "Workers, and a look at them now and then."
     def __init__(self,
         workers: int = 1,  # processes, started when there is work
         limits: Limits = Limits(),  # of each
     ):
         self.size, self.limits, self.workers, self.looked, self.started, self.stillborn = max(1, workers), limits, [], time.monotonic(), False, 0
         self.close = weakref.finalize(self, end_all, self.workers)
-
-    def __enter__(self) -> 'Crew': return self
-    def __exit__(self, *_: Any) -> None: end_all(self.workers)
-
-    def run(self,
-        tasks: Mapping[Any, tuple],  # name → a function that can be imported, and its arguments
-    ) -> Iterator[tuple[Any, Any]]:  # name, and the result or the exception, in the order of finishing; WorkerDied for what ended a worker
-        "Do all tasks. Raises RuntimeError if no worker can start."
-        waiting = deque(tasks.items())
-        left = len(waiting)
-        while left:
-            while len(self.workers) < min(self.size, left): self.workers.append(Worker(self.limits))
-            for worker in self.workers:
-                if worker.ready and worker.task is None and waiting: worker.give(*waiting.popleft())
-            for name, result in self.look():
-                left -= 1
-                yield name, result
 
     def look(self) -> Iterator[tuple[Any, Any]]:  # what was finished, or ended its worker
         "Wait a moment for answers, and see whether all are well."
@@ -211,6 +196,26 @@ class Crew:
         worker.end()
         self.stillborn += not worker.ready
         if not self.started or self.stillborn > 5: raise RuntimeError(NO_WORKERS)
+
+# %% ../nbs/00c_isolation.ipynb #204818c2
+class Crew(Watch):
+    "Workers that stay for several lists of tasks. Use it as a context, or call `close`."
+    def __enter__(self) -> 'Crew': return self
+    def __exit__(self, *_: Any) -> None: end_all(self.workers)
+
+    def run(self,
+        tasks: Mapping[Any, tuple],  # name → a function that can be imported, and its arguments
+    ) -> Iterator[tuple[Any, Any]]:  # name, and the result or the exception, in the order of finishing; WorkerDied for what ended a worker
+        "Do all tasks. Raises RuntimeError if no worker can start."
+        waiting = deque(tasks.items())
+        left = len(waiting)
+        while left:
+            while len(self.workers) < min(self.size, left): self.workers.append(Worker(self.limits))
+            for worker in self.workers:
+                if worker.ready and worker.task is None and waiting: worker.give(*waiting.popleft())
+            for name, result in self.look():
+                left -= 1
+                yield name, result
 
 # %% ../nbs/00c_isolation.ipynb #71cf70b0
 class Isolated:

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from .reading import read_text, read_yaml, shown
-from .files import save_text, write_whole  # save_text: for the modules that look for it here
+from .files import write_whole
 
 # %% ../nbs/00_manifests.ipynb #a531ac27
 COLUMNS = {'video': '', 'label': -1, 'class_name': '', 'group': '', 'num_frames': 0, 'fps': 0.0, 'width': 0, 'height': 0}  # with the value for "not known"
@@ -179,6 +179,7 @@ def leads_out(
         return not known[path.parent] or (path.is_symlink() and not inside(os.path.realpath(path)))
     return [outside(Path(root)/video) for video in videos]
 
+# %% ../nbs/00_manifests.ipynb #9815e660
 def check_videos(
     manifest: pd.DataFrame,  # of read_manifest
     videos: str | os.PathLike,  # the folder that its paths are relative to

@@ -6,10 +6,10 @@
 __all__ = ['STORE_METHODS', 'PRESETS', 'STREAMS', 'CHECKSUMS', 'FACTS', 'PrepareSettings', 'stored_size', 'stored_frames',
            'stack_flow', 'unstack_flow', 'timed', 'flow_of_block', 'flow_blocks', 'flow_pictures', 'stored_facts',
            'make_video', 'prepare_video', 'checksums', 'note_of', 'read_record', 'read_settings', 'read_checksums',
-           'Store', 'sweep', 'at_work', 'choose_device', 'gpu_of_worker', 'check_settings', 'open_folder',
-           'prepare_task', 'found_before', 'run_tasks', 'run_here', 'check_mount', 'Progress', 'reason', 'report_of',
-           'report_lines', 'shard_from_environment', 'part_file', 'write_part', 'read_parts', 'check_request',
-           'task_of', 'cores', 'prepare', 'conclude', 'finish', 'main']
+           'rows_in_store', 'changed_files', 'Store', 'sweep', 'at_work', 'choose_device', 'gpu_of_worker',
+           'check_settings', 'open_folder', 'prepare_task', 'found_before', 'run_tasks', 'run_here', 'check_mount',
+           'Progress', 'reason', 'report_of', 'report_lines', 'shard_from_environment', 'part_file', 'write_part',
+           'read_parts', 'check_request', 'task_of', 'cores', 'prepare', 'conclude', 'finish', 'main']
 
 # %% ../nbs/04_prepare.ipynb #38004f08
 import argparse
@@ -288,6 +288,32 @@ def read_checksums(
     try: return {video: {name: kind(cell) for (name, kind), cell in zip(CHECKSUMS.items(), cells)} for video, *cells in rows}
     except ValueError as error: raise ValueError(f'{file}: {error}: delete it, and run prepare again') from error
 
+# %% ../nbs/04_prepare.ipynb #7283190a
+def rows_in_store(
+    store: 'Store',  # which has some videos
+    manifest: pd.DataFrame,  # the videos wanted, with their labels
+) -> pd.DataFrame:  # the rows that the store has, with its frame counts and sizes
+    "Rows of a manifest. Raises ValueError if none of them is there."
+    facts = store.manifest.set_index('video')[list(FACTS)]
+    rows = manifest[manifest.video.isin(facts.index)].drop(columns=facts.columns, errors='ignore').join(facts, on='video')
+    if rows.empty: raise ValueError(f'none of the {len(manifest)} videos of the manifest is in the store {store.path}: prepare them first')
+    return rows.reset_index(drop=True)
+
+def changed_files(
+    store: 'Store',  # whose files
+    content: bool = True,  # read every file; False: compare sizes only
+) -> pd.DataFrame:  # columns video, stream, problem
+    "Compare files with the checksums that were taken when they were made."
+    known, problems = read_checksums(store.path), []
+    for video, stream in ((video, stream) for video in store.manifest.video for stream in STREAMS):
+        file, facts = store.file(video, stream), {key: known.get(video, {}).get(f'{stream}_{key}') for key in ('bytes', 'sha256')}
+        try: found = file_facts(file) if content else dict(facts, bytes=file.stat().st_size)
+        except OSError as error: problems.append((video, stream, f'cannot be read ({error.strerror})')); continue
+        if facts['bytes'] is None: problems.append((video, stream, 'has no checksum: run prepare again'))
+        elif found['bytes'] != facts['bytes']: problems.append((video, stream, f'has {found["bytes"]} bytes, not {facts["bytes"]}'))
+        elif found != facts: problems.append((video, stream, 'was changed (its checksum is another)'))
+    return pd.DataFrame(problems, columns=['video', 'stream', 'problem'])
+
 # %% ../nbs/04_prepare.ipynb #f328e114
 class Store:
     "A prepared data set on disk. Raises FileNotFoundError if there is none, ValueError if it is damaged."
@@ -320,11 +346,7 @@ class Store:
         manifest: pd.DataFrame | None = None,  # the videos wanted, with their labels; None: all of the store's
     ) -> pd.DataFrame:  # the wanted rows that the store has, with the store's frame counts and sizes
         "Rows of a manifest that are in this store. Raises ValueError if none of them is."
-        if manifest is None: return self.manifest
-        facts = self.manifest.set_index('video')[list(FACTS)]
-        rows = manifest[manifest.video.isin(facts.index)].drop(columns=facts.columns, errors='ignore').join(facts, on='video')
-        if rows.empty: raise ValueError(f'none of the {len(manifest)} videos of the manifest is in the store {self.path}: prepare them first')
-        return rows.reset_index(drop=True)
+        return self.manifest if manifest is None else rows_in_store(self, manifest)
 
     @property
     def report(self) -> dict[str, Any]:  # of report_of; {}: none was written
@@ -335,18 +357,9 @@ class Store:
         content: bool = True,  # read every file; False: compare sizes only, which is quick
     ) -> pd.DataFrame:  # columns video, stream, problem; empty if all is well
         "Compare all files with the checksums that were taken when they were made."
-        known, problems = read_checksums(self.path), []
-        for video, stream in ((video, stream) for video in self.manifest.video for stream in STREAMS):
-            file, facts = self.file(video, stream), {key: known.get(video, {}).get(f'{stream}_{key}') for key in ('bytes', 'sha256')}
-            try: found = file_facts(file) if content else dict(facts, bytes=file.stat().st_size)
-            except OSError as error: problems.append((video, stream, f'cannot be read ({error.strerror})')); continue
-            if facts['bytes'] is None: problems.append((video, stream, 'has no checksum: run prepare again'))
-            elif found['bytes'] != facts['bytes']: problems.append((video, stream, f'has {found["bytes"]} bytes, not {facts["bytes"]}'))
-            elif found != facts: problems.append((video, stream, 'was changed (its checksum is another)'))
-        return pd.DataFrame(problems, columns=['video', 'stream', 'problem'])
+        return changed_files(self, content)
 
-    def __repr__(self) -> str:
-        return f'Store({str(self.path)!r}: {len(self.manifest)} videos, {self.manifest.num_frames.sum()} frames, settings {self.settings.hash})'
+    def __repr__(self) -> str: return f'Store({str(self.path)!r}: {len(self.manifest)} videos, {self.manifest.num_frames.sum()} frames, settings {self.settings.hash})'
 
 # %% ../nbs/04_prepare.ipynb #e883142f
 def sweep(

@@ -22,7 +22,7 @@ from nbconvert import HTMLExporter
 from nbformat import v4
 from pandas.io.formats.style import Styler
 
-from .manifests import save_text
+from .files import save_text
 from .plots import save_figure
 
 # %% ../nbs/15c_report.ipynb #ed0c9fdb

@@ -203,6 +203,7 @@ def finite(
     "Whether all tensors hold nothing but numbers."
     return torch.stack([value.detach().float().sum() for value in values if isinstance(value, Tensor)]).isfinite().all()
 
+# %% ../nbs/12_training.ipynb #ccaade99
 @dataclass
 class Keeper:
     "What happens between steps: look whether all is well, save, stop when asked."

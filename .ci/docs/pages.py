@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from modules import Entry, Row, entries
 
-GROUPS = {'Pixels': 7, 'Model': 11, 'Training': 14, 'Evaluation and pictures': 16, 'Tools and baselines': 100}  # first number of the next group
+GROUPS = {'Pixels': 7, 'Model': 11, 'Training': 14, 'Evaluation and pictures': 16, 'Tools, baselines, robustness': 100}  # first number of the next group
 # Text in which no name becomes a link: code blocks, equations, links and pictures, tags, addresses, directives
 KEPT = r'^(?P<fence>`{3,}|~{3,}).*?^(?P=fence)|\$\$.*?\$\$|\$[^$\n]+\$|!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\)|<[^>\s][^>\n]*>|https?://\S+|`[^`\n]+`'
 
@@ -214,27 +214,28 @@ def modules_page(notebooks: list[Notebook], links: Links) -> str:
 def toctree(caption: str, lines: list[str]) -> str:
     return '\n'.join(['```{toctree}', ':hidden:', *([f':caption: {caption}'] if caption else []), '', *lines, '```', ''])
 
-def contents(notebooks: list[Notebook]) -> str:
-    "The book's table of contents: the library notebooks in their order, the experiments, the modules."
+def contents(notebooks: list[Notebook], stored: list[Notebook] = []) -> str:
+    "The book's table of contents: the library notebooks in their order, the experiments and what they stored in results/, the modules."
     groups = {name: [] for name in [*GROUPS, 'Experiments']}
     for notebook in notebooks:
         if notebook.name == 'index': continue
         number = re.match(r'\d+', notebook.number)
         group = next(name for name, end in GROUPS.items() if int(number[0]) < end) if number else 'Experiments'
         groups[group].append(f'{notebook.number + " " if number else ""}{notebook.title} <{notebook.name}>')
+    groups['Experiments'] += [f'{notebook.title} <results/{notebook.name}>' for notebook in stored]
     return '\n'.join(toctree(group, lines) for group, lines in groups.items() if lines) + '\n' + toctree('Reference', ['api/index'])
 
 def write_site(root: Path, target: Path, colab: Path, names: list[str] | None = None) -> None:
     "Write every page; `names` keeps to some of the notebooks."
     values = settings(root)
     paths = [path for path in sorted((root/'nbs').glob('*.ipynb')) if names is None or path.stem in names]
-    notebooks = [read_notebook(path) for path in paths]
+    notebooks, stored = ([read_notebook(path) for path in group] for group in (paths, sorted((root/'nbs'/'results').glob('*.ipynb'))))
     links, repository = Links(notebooks, values['lib_name']), github_repository(values)
     for folder in (target, colab): shutil.rmtree(folder, ignore_errors=True)
     (target/'api').mkdir(parents=True)
     for notebook in notebooks:
         page = notebook_page(notebook, links, repository)
-        if notebook.name == 'index': page['cells'].append(dict(markdown(contents(notebooks)), id='contents'))
+        if notebook.name == 'index': page['cells'].append(dict(markdown(contents(notebooks, stored)), id='contents'))
         (target/f'{notebook.name}.ipynb').write_text(json.dumps(page), encoding='utf-8')
         if notebook.module: (target/'api'/f'{notebook.module}.md').write_text(module_page(notebook, links), encoding='utf-8')
     (target/'api'/'index.md').write_text(modules_page(notebooks, links), encoding='utf-8')
