@@ -112,18 +112,16 @@ def test_a_changed_store_is_noticed_and_mended(shapes, whole, tmp_path):
 
 # --- workers that crash, hang or take too much
 
-def test_three_videos_that_end_their_worker(shapes, tmp_path, monkeypatch):
-    names = list(pd.read_csv(shapes['train']).video)
-    for name, source in zip(('a.mp4', 'crash.mp4', 'hang.mp4', 'memory.mp4', 'z.mp4'), names): shutil.copy(Path(shapes['videos'])/source, tmp_path/name)
+def test_two_videos_that_end_their_worker(shapes, tmp_path, monkeypatch):
+    for name, source in zip(('a.mp4', 'crash.mp4', 'hang.mp4', 'z.mp4'), pd.read_csv(shapes['train']).video): shutil.copy(Path(shapes['videos'])/source, tmp_path/name)
     monkeypatch.setattr(module, 'prepare_task', faulty.prepare_task)
     said = []
-    rows = pd.DataFrame(dict(video=['a.mp4', 'crash.mp4', 'hang.mp4', 'memory.mp4', 'z.mp4']))
-    store = prepare(rows, tmp_path, tmp_path/'store', SETTINGS, workers=2, log=said.append, max_failed=.7, limits=Limits(seconds=4, gib=2.5))
+    rows = pd.DataFrame(dict(video=['a.mp4', 'crash.mp4', 'hang.mp4', 'z.mp4']))
+    store = prepare(rows, tmp_path, tmp_path/'store', SETTINGS, workers=2, log=said.append, max_failed=.5, limits=Limits(seconds=4))
     problems = pd.read_csv(store.path/'problems.csv').set_index('video').problem
-    assert list(store.manifest.video) == ['a.mp4', 'z.mp4'] and list(problems.index) == ['crash.mp4', 'hang.mp4', 'memory.mp4']
-    for name, what in dict(crash='the decoder crashed (SIGABRT)', hang='the decoder hung (no sign of life for 4 s)', memory='the decoder took more than 2.5 GiB').items():
-        assert f'{name}.mp4: {what}' in problems[f'{name}.mp4']
-    assert 'these were set aside: crash.mp4, hang.mp4, memory.mp4' in said[-1]
+    assert list(store.manifest.video) == ['a.mp4', 'z.mp4']
+    assert 'crash.mp4: the decoder crashed (SIGABRT)' in problems['crash.mp4'] and 'hang.mp4: the decoder hung (no sign of life for 4 s)' in problems['hang.mp4']
+    assert 'these were set aside: crash.mp4, hang.mp4' in said[-1]
     assert not list(store.path.rglob('*.part.*'))
 
 def test_a_second_chance(shapes, tmp_path, monkeypatch):

@@ -707,8 +707,7 @@ def conclude(
     found, problems, seconds, workers = results
     report = report_of(found, problems, seconds, workers, made_by)
     save_text(store/'report.json', json.dumps(report, indent=2))
-    log(report_lines(report))
-    if problems: log(f'  these were set aside: {", ".join(sorted(problems)[:10])}{" …" if len(problems) > 10 else ""}; {store/"problems.csv"} says why')
+    log(report_lines(report) + (f'\n  these were set aside: {", ".join(sorted(problems)[:10])}{" …" if len(problems) > 10 else ""}; {store/"problems.csv"} says why' if problems else ''))
     return finish(store, rows, found, problems, max_failed)
 
 # %% ../nbs/04_prepare.ipynb #bbcb22b1
