@@ -20,6 +20,7 @@ import pandas as pd
 from vicc.alternation import find_project
 from vicc.files import save_text
 from vicc.manifests import read_manifest
+from vicc.prepare import reason
 from vicc.synthetic import make_moving_shapes
 
 DAMAGES = ('replaced by a text', 'cut off', 'bits turned')
@@ -61,7 +62,7 @@ def damaged_demo(folder: Path, share: float, counts: tuple[int, int], parameters
     noted = kept[kept.note != ''].video if 'note' in kept else []
     return result | dict(raised=dict(exit_code=code, said=named.replace(str(folder), '…')[:400], listed=len(problems), listed_but_sound=int((~problems.video.isin(chosen)).sum()), videos_used=len(kept),
                                      damaged_but_used_with_a_note=len(noted), damaged_but_used_without=sum(video in set(kept.video) - set(noted) for video in chosen), epochs=len(log),
-                                     losses_finite=bool(np.isfinite(log.loss).all()), reasons=problems.problem.str.replace(r'.*\) cannot', 'cannot', regex=True).str[:60].value_counts().to_dict(),
+                                     losses_finite=bool(np.isfinite(log.loss).all()), reasons=problems.problem.map(reason).value_counts().to_dict(),
                                      seconds=round(seconds)))
 
 if __name__ == '__main__':

@@ -743,7 +743,7 @@ def markdown_table(
     flat = table.reset_index()
     def write(value):
         if isinstance(value, float): return '–' if pd.isna(value) else f'{value:.1f}'
-        return html.escape(shortened(value, TITLE_LETTERS), quote=False).replace('|', '\\|')
+        return html.escape(shortened(value, 1000), quote=False).replace('|', '\\|')
     lines = [list(map(write, flat.columns)), ['---'] * flat.shape[1]] + [[write(v) for v in row] for row in flat.itertuples(index=False)]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
