@@ -56,7 +56,7 @@ def test_bounds(requirement):
 def test_the_pythons_stated_were_tried():
     stated = settings()['pythons'].split()
     assert stated[0] == settings()['min_python'] and f'{sys.version_info.major}.{sys.version_info.minor}' in stated
-    rows = list(csv.DictReader((ROOT/'nbs'/'results'/'versions.csv').open(encoding='utf-8')))
-    tried = {which: {row['python'].rsplit('.', 1)[0] for row in rows if row['which'] == which and int(row['passed']) and row['failed'] == '0'} for which in ('lowest', 'newest')}
-    assert set(stated) == tried['lowest'] == tried['newest']
+    rows = csv.DictReader((ROOT/'nbs'/'results'/'versions.csv').read_text(encoding='utf-8').splitlines())
+    tried = {(row['which'], row['python'].rsplit('.', 1)[0]) for row in rows if int(row['passed']) and row['failed'] == '0'}
+    assert {('lowest', stated[0])} | {('newest', python) for python in stated} <= tried
     assert re.search(r'python: \[(.*?)\]', (ROOT/'.github'/'workflows'/'test.yaml').read_text()).group(1).replace("'", '').split(', ') == stated
