@@ -273,7 +273,7 @@ def test_interrupted_write_keeps_the_old_table(tmp_path, monkeypatch):
     old = pd.DataFrame({'video': ['a.mp4']})
     manifests.write_manifest(old, tmp_path/'m.csv')
     before = (tmp_path/'m.csv').read_bytes()
-    monkeypatch.setattr(manifests.os, 'replace', lambda *args: (_ for _ in ()).throw(OSError('disk full')))
+    monkeypatch.setattr(Path, 'replace', lambda *args: (_ for _ in ()).throw(OSError('disk full')))
     with pytest.raises(OSError): manifests.write_manifest(pd.DataFrame({'video': ['b.mp4']}), tmp_path/'m.csv')
     assert (tmp_path/'m.csv').read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ['m.csv']
 
