@@ -9,11 +9,9 @@ import argparse
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from kill_training import kill_at
 from vicc.alternation import Recipe, find_project, new_streams
 from vicc.classification import FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, accuracy, classify
 from vicc.evaluation import evaluate_stream, two_stream_recall
@@ -78,16 +77,6 @@ def pieces(output: Path) -> dict[str, int]:
         found[part] = max(epochs, default=0) + len(list(output.glob(f'{part}/probabilities/*/*.safetensors')))
     return found
 
-def kill_at(process: subprocess.Popen, output: Path, goal: int, rest: float, patience: float = 120) -> bool:
-    "Kill as soon as so many pieces are saved, and a moment later; False if the evaluation was over before."
-    deadline = time.monotonic() + patience
-    while process.poll() is None and sum(pieces(output).values()) < goal and time.monotonic() < deadline: time.sleep(.002)
-    time.sleep(rest)
-    if process.poll() is not None: return False
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return True
-
 def differences(one: Path, two: Path) -> list[str]:
     "What is not the same, bit for bit: features, probabilities, numbers, histories."
     ours, theirs = (load_file(folder/'tensors.safetensors') for folder in (one, two))
@@ -104,7 +93,7 @@ def kill_evaluation(folder: Path, kills: int, seed: int = 0) -> pd.DataFrame:
     goals = sorted(begins[part] + int(rng.integers(every[part])) for part in rng.permutation(list(PARTS)*-(-kills//len(PARTS)))[:kills])  # as many in each part
     for number, goal in enumerate(goals, 1):
         before = pieces(broken)
-        killed = kill_at(start(command, broken), broken, max(goal, sum(before.values()) + (number > 1)), float(rng.uniform(0, .3)))
+        killed = kill_at(start(command, broken), lambda: sum(pieces(broken).values()), max(goal, sum(before.values()) + (number > 1)), float(rng.uniform(0, .3)))
         found = pieces(broken)
         rows.append(dict(kill=number, part=next((part for part in PARTS if found[part] < every[part]), 'the end'), pieces_before=sum(before.values()), pieces_after=sum(found.values()), pieces_in_all=sum(every.values()),
                          half_written=len(list(broken.rglob('.*.part*'))), killed=killed))

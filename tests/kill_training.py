@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +46,10 @@ def steps_seen(output: Path) -> int:
     places = [path for path in output.glob('stages/*/checkpoints/step-*') if (path/'index.json').is_file()]
     return 1000*len(list(output.glob('stages/0*/stream'))) + max((int(path.name[5:]) for path in places), default=0)
 
-def kill_at(process: subprocess.Popen, output: Path, goal: int, rest: float, patience: float = 120) -> bool:
+def kill_at(process: subprocess.Popen, done: Callable[[], int], goal: int, rest: float, patience: float = 120) -> bool:
     "Kill as soon as so much is done, and a moment later; False if the run was over before."
     deadline = time.monotonic() + patience
-    while process.poll() is None and steps_seen(output) < goal and time.monotonic() < deadline: time.sleep(.002)
+    while process.poll() is None and done() < goal and time.monotonic() < deadline: time.sleep(.002)
     time.sleep(rest)
     if process.poll() is not None: return False
     process.send_signal(signal.SIGKILL)
@@ -76,7 +77,7 @@ def kill_training(folder: Path, kills: int, seed: int = 0, **changes: object) ->
     rows, broken = [], folder/'broken'
     for number, goal in enumerate(goals):
         process = start(command, broken)
-        killed = kill_at(process, broken, max(goal, steps_seen(broken) + (number > 0)), float(rng.uniform(0, .05)))
+        killed = kill_at(process, lambda: steps_seen(broken), max(goal, steps_seen(broken) + (number > 0)), float(rng.uniform(0, .05)))
         rows.append(dict(kill=number + 1, stage=log.stage.unique()[min(goal//1000, len(steps) - 1)], wanted_step=goal % 1000, checkpoint_after=steps_seen(broken) % 1000, stages_done=steps_seen(broken)//1000,
                          unfinished_checkpoints=len([path for path in broken.glob('stages/*/checkpoints/step-*') if not (path/'index.json').is_file()]), killed=killed))
     assert start(command, broken).wait() == 0, (broken/'said.txt').read_text()

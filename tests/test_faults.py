@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 import faults
-from helpers import DEMO
+from helpers import DEMO, assert_same
 from vicc.alternation import find_project
 from vicc.augment import ViewSettings
 from vicc.checkpoints import checkpoint_folders, damage
@@ -35,10 +35,6 @@ def train(store, folder, cache_gib=1., lines=None):
     stream = Stream('small', 6, 8, {'width': 4})
     history = train_stage('flow-1', 'flow', stream, data, SETTINGS, folder, accelerator=Accelerator(cpu=True), log=(lines if lines is not None else []).append, upkeep=Upkeep(save_every_steps=1))
     return stream.state_dict(), history.drop(columns=list(TIMING))
-
-def assert_same(one, two):
-    assert all(torch.equal(value, two[0][name]) for name, value in one[0].items())
-    assert one[1].equals(two[1])
 
 @pytest.fixture(scope='module')
 def unbroken(store, tmp_path_factory): return train(store, tmp_path_factory.mktemp('unbroken'))

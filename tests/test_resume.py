@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from helpers import Unplugged, shapes_store, unplug
+from helpers import Unplugged, assert_same, shapes_store, unplug
 from kill_training import differences, kill_training, prepare_run, start, steps_seen
 from vicc.augment import ViewSettings
 from vicc.checkpoints import INDEX, checkpoint_folders
@@ -35,10 +35,6 @@ def train(store, folder, stop_at=None, settings=SETTINGS, upkeep=Upkeep(save_eve
     stream = Dropping('small', 6, 8, {'width': 4})
     history = train_stage('flow-1', 'flow', stream, data, settings, folder, accelerator=Accelerator(cpu=True), workers=workers, log=(lines if lines is not None else []).append, upkeep=upkeep, **values)
     return stream.state_dict(), history.drop(columns=list(TIMING))
-
-def assert_same(one, two):
-    assert all(torch.equal(value, two[0][name]) for name, value in one[0].items())
-    assert one[1].equals(two[1])
 
 @pytest.fixture(scope='module')
 def unbroken(store, tmp_path_factory): return train(store, tmp_path_factory.mktemp('unbroken'))

@@ -427,7 +427,7 @@ def alternate(
     method: Method = VICC,  # what happens in a stage; see 17_baselines
     train: Sequence[str] = STREAMS,  # only these streams; a method that is taught needs both
 ) -> pd.DataFrame:  # the history: a row for every epoch of every stage
-    "Train the streams as the recipe says, or go on with it. Raises ValueError for another recipe in the folder a store made with other settings, or a second run in the same folder; Stopped (exit code 143) on SIGTERM."
+    "Train the streams as the recipe says, or go on with it. Raises ValueError for another recipe in the folder, a store made with other settings, or a second run in the same folder; Stopped (exit code 143) on SIGTERM."
     folder, accelerator = Path(folder), accelerator or Accelerator(mixed_precision=recipe.mixed_precision)
     if method.taught and set(train) != set(STREAMS): raise ValueError(f'{method.name} teaches each stream by the other: train both')
     recipe.check_store(store)

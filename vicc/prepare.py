@@ -453,9 +453,10 @@ def prepare_task(
 def found_before(
     store: Path,  # the store's folder
     videos: Iterable[str],  # names in the manifest
+    known: dict[str, dict[str, Any]],  # of read_checksums
 ) -> dict[str, dict[str, Any]]:  # video → its row, as prepare_video gives it
     "The videos that an earlier run has finished."
-    if not ((store/'manifest.csv').is_file() and (known := read_checksums(store))): return {}
+    if not (known and (store/'manifest.csv').is_file()): return {}
     facts, since = read_manifest(store/'manifest.csv').set_index('video')[list(FACTS)].to_dict('index'), (store/'checksums.csv').stat().st_mtime_ns
     def same(path: Path, size: int) -> bool:
         try: found = path.stat()
@@ -669,7 +670,8 @@ def prepare(
     workers = cores() if workers is None else workers
     made_by = f'{choose_backend("auto", device) if settings.flow_method == "tvl1" else "opencv"} on {device}'
     check_settings(store, settings)
-    there = found_before(store, rows.video)
+    known = read_checksums(store)
+    there = found_before(store, rows.video, known)
     check_request(rows, videos, store, there, follow_links)
     if len(there) == len(rows) and not os.access(store, os.W_OK): return Store(store)  # finished, on a disk that may only be read
     with at_work(store):
@@ -677,7 +679,6 @@ def prepare(
         part, mine = part_file(store, rows, settings, shard, num_shards), rows.iloc[shard::num_shards]
         part.unlink(missing_ok=True)
         found, problems, progress = {}, {}, Progress(mine, log)
-        known = read_checksums(store)
         tasks = {video: task_of(video, videos, store, settings, device, known.get(video)) for video in mine.video if video not in there}
         for video, result in chain(((video, there[video]) for video in mine.video if video in there), run_tasks(tasks, workers, limits)):
             if isinstance(result, Exception): check_mount(videos/video, videos, rows.video)
