@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader
 
 import vicc.data
@@ -102,12 +101,42 @@ def test_going_on_in_mid_epoch_reads_nothing_twice(store, monkeypatch):
 
 def test_processes_share_an_epoch_and_can_go_on(store):
     def part(process, start=0):
-        loader = training_loader(dataset(store), 2)
+        loader = training_loader(dataset(store), 2, processes=2, process=process)
         set_epoch(loader, 1)
-        shared = DataLoader(loader.dataset, batch_sampler=BatchSamplerShard(loader.batch_sampler, 2, process), collate_fn=collate)
-        return [facts(batch) for batch in epoch_batches(shared, start)]
+        return [facts(batch) for batch in epoch_batches(loader, start)]
     whole, _ = served(store, 0)
     assert [part(0), part(1)] == [whole[::2], whole[1::2]] and part(1, 2) == whole[1::2][2:]
+
+def test_reading_ahead_changes_no_batch(store):
+    damage(store, 3)
+    def epochs(first, start, last, kill=()):
+        loader, seen, workers, lines = training_loader(dataset(store), 2, 2), [], [], []
+        with loader.reading_ahead(last + 1):
+            for epoch in range(first, last + 1):
+                set_epoch(loader, epoch)
+                batches = epoch_batches(loader, start if epoch == first else 0, log=lines.append)
+                for number, batch in enumerate(batches):
+                    seen.append((epoch, facts(batch)))
+                    if (epoch, number) in kill: os.kill(multiprocessing.active_children()[0].pid, 9)
+                    if not number: workers.append({child.pid for child in multiprocessing.active_children()})
+        assert not multiprocessing.active_children()
+        return seen, workers, lines
+    alone = [(epoch, one) for epoch in range(3) for one in served(store, 0, epoch)[0]]
+    seen, workers, lines = epochs(0, 0, 2)
+    assert seen == alone and workers[0] == workers[1] == workers[2] and not lines
+    assert epochs(1, 5, 2)[0] == alone[13:]  # going on in the middle of an epoch: the next one begins at its beginning
+    seen, workers, lines = epochs(0, 0, 2, kill=[(0, 7), (2, 1)])  # the last batch of an epoch, and one within
+    assert seen == alone and len(lines) == 2
+
+def test_a_loader_can_be_left_in_mid_epoch(store):
+    loader = training_loader(dataset(store), 2, 2)
+    with pytest.raises(KeyError), loader.reading_ahead(2):
+        for batch in epoch_batches(loader): raise KeyError
+    assert not multiprocessing.active_children()
+    whole, _ = served(store, 0)
+    set_epoch(loader, 1)
+    assert [facts(batch) for batch in loader] == whole and facts(loader.batch(1, 5)) == whole[5] and facts(loader.batch(1, 2)) == whole[2]
+    loader.close()
 
 def test_what_was_replaced_is_named_and_limited(store):
     names = {damage(store, number) for number in (2, 7)}

@@ -26,11 +26,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from .augment import ViewSettings, apply_view, crop_boxes, draw_view
 from .backbones import create_backbone
-from .data import RandomClips, TestClips, cut_box, epoch_batches, set_epoch, training_loader
+from .data import ClipLoader, RandomClips, TestClips, cut_box, epoch_batches, set_epoch, training_loader
 from .retrieval import cached_parts, centred_view, clip_parts, clips_hash, evaluation_copy, test_runs, view_batches, weights_hash
 from .files import explained, save_text, write_whole
 from .manifests import split_manifest
@@ -38,7 +37,7 @@ from .optim import set_learning_rate
 from .prepare import Store
 from .reading import shortened_line, shown
 from .streams import Stream, load_saved, read_checkpoint, save_stream
-from .training import seeded, videos_hash
+from .training import loader_line, seeded, videos_hash
 from .video import clip_indices, random_clip_start
 
 # %% ../nbs/14b_classification.ipynb #2f455be7
@@ -395,7 +394,7 @@ def load_progress(
 # %% ../nbs/14b_classification.ipynb #5376c411
 def train_epoch(
     model: nn.Module,  # the classifier, perhaps wrapped for several processes
-    loader: DataLoader,  # of a LabelledClips data set
+    loader: ClipLoader,  # of a LabelledClips data set, set to this epoch
     dataset: LabelledClips,  # says the stream and how views are made
     optimiser: torch.optim.Optimizer,  # of the classifier
     accelerator: Accelerator,  # device, precision, processes
@@ -403,7 +402,8 @@ def train_epoch(
 ) -> dict[str, float]:  # mean 'loss' in nats and 'accuracy' (share) over all processes
     "One pass over the training videos. Raises ValueError if too many of them cannot be read."
     model.train()
-    sums, batches = torch.zeros(3, device=accelerator.device), epoch_batches(loader, log=log)  # sums: loss, right answers, clips
+    tell = log if accelerator.is_main_process else lambda line: None
+    sums, batches = torch.zeros(3, device=accelerator.device), epoch_batches(loader, log=tell)  # sums: loss, right answers, clips
     for batch in batches:
         labels = batch['label'].to(accelerator.device, non_blocking=True)
         clips = batch[dataset.stream].to(accelerator.device, non_blocking=True)[:, 0]
@@ -414,7 +414,7 @@ def train_epoch(
         accelerator.backward(loss)
         optimiser.step()
         with torch.no_grad(): sums += torch.stack([loss*len(labels), (logits.argmax(1) == labels).sum().float(), torch.full_like(loss, len(labels))])
-    if batches.replaced or batches.restarts: log(batches.report())
+    if line := loader_line(batches, accelerator): tell(line)
     loss, right, count = accelerator.reduce(sums, 'sum').tolist()
     return dict(loss=loss/count, accuracy=right/count)
 
@@ -517,27 +517,26 @@ def train_classifier(
     check_labels(training.rows, classifier.linear.out_features)
     labels = check_labels(validation.kept_rows(), classifier.linear.out_features, 'validation') if validation is not None else None
     facts = training_facts(title, classifier, training, validation, settings, crop, accelerator)
-    loader = training_loader(training, settings.batch_size//accelerator.num_processes, workers, pin_memory=accelerator.device.type == 'cuda')
-    shared = accelerator.prepare_data_loader(loader, device_placement=False) if accelerator.num_processes > 1 else loader
+    loader = training_loader(training, settings.batch_size//accelerator.num_processes, workers, accelerator.device.type == 'cuda', accelerator.num_processes, accelerator.process_index)
     classifier.to(accelerator.device, memory_format=torch.channels_last_3d)
     optimiser = torch.optim.SGD(parameter_groups(classifier, settings), settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay)
     model, optimiser = accelerator.prepare(classifier, optimiser)
     history = load_progress(classifier, optimiser, accelerator.scaler, folder, facts)
     if 0 < len(history) < settings.epochs: log(f'{title}: going on after epoch {len(history)} of {settings.epochs}')
-    for epoch in range(len(history), settings.epochs):
-        set_epoch(loader, epoch)
-        if shared is not loader: shared.set_epoch(epoch)  # accelerate counts epochs of its own
-        set_learning_rate(optimiser, settings.rate(epoch))
-        row, start = dict(epoch=epoch + 1, learning_rate=settings.rate(epoch)), time.monotonic()
-        with seeded(settings.seed, epoch, accelerator): row |= train_epoch(model, shared, dataset, optimiser, accelerator, log)
-        row['clips_per_second'] = round(len(shared)*settings.batch_size/(time.monotonic() - start), 1)
-        if not math.isfinite(row['loss']): raise ValueError(f'{title}: the loss of epoch {epoch + 1} is {row["loss"]}: lower learning_rate={settings.learning_rate}; the rest is in {folder}')
-        if validation is not None:
-            options = dict(crop=crop, size=dataset.views.size, workers=workers, flow_as_image=dataset.views.flow_as_image, exact_paper=settings.exact_paper, seed=settings.seed + epoch)
-            row |= validate(classifier, validation, labels, accelerator, **options)
-        history.append({**row, 'best_epoch': epoch + 1 if is_best(row, history) else history[-1]['best_epoch']})
-        if accelerator.is_main_process: save_progress(classifier, optimiser, accelerator.scaler, folder, history, facts)
-        if accelerator.is_main_process and ((epoch + 1) % log_every == 0 or epoch + 1 == settings.epochs): log(classifier_line(title, history[-1], settings.epochs))
+    with loader.reading_ahead(settings.epochs):
+        for epoch in range(len(history), settings.epochs):
+            set_epoch(loader, epoch)
+            set_learning_rate(optimiser, settings.rate(epoch))
+            row, start = dict(epoch=epoch + 1, learning_rate=settings.rate(epoch)), time.monotonic()
+            with seeded(settings.seed, epoch, accelerator): row |= train_epoch(model, loader, dataset, optimiser, accelerator, log)
+            row['clips_per_second'] = round(len(loader)*settings.batch_size/(time.monotonic() - start), 1)
+            if not math.isfinite(row['loss']): raise ValueError(f'{title}: the loss of epoch {epoch + 1} is {row["loss"]}: lower learning_rate={settings.learning_rate}; the rest is in {folder}')
+            if validation is not None:
+                options = dict(crop=crop, size=dataset.views.size, workers=workers, flow_as_image=dataset.views.flow_as_image, exact_paper=settings.exact_paper, seed=settings.seed + epoch)
+                row |= validate(classifier, validation, labels, accelerator, **options)
+            history.append({**row, 'best_epoch': epoch + 1 if is_best(row, history) else history[-1]['best_epoch']})
+            if accelerator.is_main_process: save_progress(classifier, optimiser, accelerator.scaler, folder, history, facts)
+            if accelerator.is_main_process and ((epoch + 1) % log_every == 0 or epoch + 1 == settings.epochs): log(classifier_line(title, history[-1], settings.epochs))
     return finish_training(classifier, folder, history, accelerator)
 
 # %% ../nbs/14b_classification.ipynb #992c5844

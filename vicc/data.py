@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Box', 'RawClip', 'cut_planes', 'known_picture', 'wanted_pictures', 'read_planes', 'planes_to_rgb', 'around',
            'CheckedFiles', 'Frames', 'unpack', 'lay_out', 'ClipBatch', 'empty_block', 'pack_clips', 'sample_generator',
-           'RandomClips', 'cut_box', 'TwoStreamClips', 'pad_frames', 'collate', 'EpochOrder', 'training_loader',
-           'set_epoch', 'epoch_order', 'worker_died', 'Replaced', 'EpochBatches', 'silence', 'stop_workers',
-           'epoch_batches', 'TestClips', 'TestVideos']
+           'RandomClips', 'cut_box', 'TwoStreamClips', 'pad_frames', 'collate', 'EpochOrder', 'worker_died', 'silence',
+           'ClipLoader', 'training_loader', 'set_epoch', 'EpochBatches', 'epoch_batches', 'TestClips', 'TestVideos']
 
 # %% ../nbs/06_data.ipynb #67ea7aa5
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -352,18 +352,23 @@ class RandomClips(Dataset):
         "Move on to another epoch, which draws other clips and views."
         self.epoch = epoch
 
-    def __getitem__(self, sample: int) -> dict[str, Any]: return self.readable(sample, self.read)  # what the subclass reads, and 'replaced'
+    def __getitem__(self,
+        sample: int | tuple[int, int],  # number, or epoch and number: loaders say both, since their workers read ahead into the next epoch
+    ) -> dict[str, Any]:  # what the subclass reads, and 'replaced'
+        epoch, number = sample if isinstance(sample, tuple) else (self.epoch, sample)
+        return self.readable(epoch, number, self.read)
 
     def readable(self,
+        epoch: int,  # counted from 0
         sample: int,  # number
         read: Callable[[int, np.random.Generator], dict[str, Any]],  # makes a sample of the video of this number
     ) -> dict[str, Any]:  # what `read` made; 'replaced': (video, reason) of each that could not be read
         "A sample, or another in its place. Raises VideoError if none of them can be read."
-        replaced, rng, number = [], sample_generator(self.seed, self.epoch, sample), sample
+        replaced, rng, number = [], sample_generator(self.seed, epoch, sample), sample
         for attempt in range(1, self.attempts + 2):
             try: return {**read(number, rng), 'replaced': replaced}
             except (OSError, VideoError) as error: replaced.append((self.rows.video[number], str(error)))
-            rng = np.random.default_rng((self.seed, self.epoch, sample, attempt))
+            rng = np.random.default_rng((self.seed, epoch, sample, attempt))
             number = int(rng.integers(len(self)))
         raise VideoError(f'{len(replaced)} videos in a row cannot be read: {"; ".join(f"{video}: {reason}" for video, reason in replaced)}')
 
@@ -429,52 +434,28 @@ def collate(
 
 # %% ../nbs/06_data.ipynb #59406a9e
 class EpochOrder(Sampler):
-    "A random order of the samples that depends on the seed and the epoch alone."
+    "The batches of one process: a random order of the samples that depends on the seed and the epoch alone, in which several processes take turns."
 
     def __init__(self,
         count: int,  # samples
+        batch_size: int,  # B, of one process
         seed: int = 0,  # of the run
+        processes: int = 1,  # that share an epoch
+        process: int = 0,  # which of them this is
     ):
-        self.count, self.seed, self.epoch, self.skip = count, seed, 0, 0  # `skip`: samples to leave out at the start, see `epoch_batches`
+        self.count, self.batch_size, self.seed, self.processes, self.process = count, batch_size, seed, processes, process
+        self.epoch, self.first, self.last = 0, 0, 0  # where to begin (epoch, and batch in it), and the last epoch
 
-    def __len__(self) -> int: return self.count  # of a whole epoch
+    def __len__(self) -> int: return self.count//(self.batch_size*self.processes)  # of a whole epoch
 
-    def __iter__(self) -> Iterator[int]: return iter(np.random.default_rng((self.seed, self.epoch)).permutation(self.count)[self.skip:].tolist())
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:  # batches of (epoch, number)
+        first = self.first
+        for epoch in range(self.epoch, max(self.epoch, self.last) + 1):
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.count)[:len(self)*self.processes*self.batch_size]
+            for batch in order.reshape(-1, self.processes, self.batch_size)[first:, self.process].tolist(): yield [(epoch, number) for number in batch]
+            first = 0
 
-def training_loader(
-    dataset: TwoStreamClips,  # samples
-    batch_size: int,  # B, of one process
-    workers: int = 0,  # reading processes; ignored where the frames are kept in memory
-    pin_memory: bool = False,  # for a GPU: copies to the device can run beside the computation
-    processes: int = 1,  # that will share the samples, each with batches of its own
-) -> DataLoader:  # of batches
-    "Batches of an epoch; call `set_epoch` before each. Raises ValueError if there are too few samples for one batch in every process."
-    if len(dataset) < batch_size*processes:
-        where = f' in each of {processes} processes' if processes > 1 else ''
-        raise ValueError(f'{len(dataset)} videos do not fill one batch of {batch_size}{where}: lower batch_size, or give more videos')
-    workers = 0 if dataset.frames.kept is not None else workers
-    own = torch.Generator()  # a loader draws a number for its workers: not from the generator that the networks use
-    return DataLoader(dataset, batch_size, sampler=EpochOrder(len(dataset), dataset.seed), num_workers=workers, collate_fn=collate, drop_last=True, generator=own,
-                      pin_memory=pin_memory)
-
-def set_epoch(
-    loader: DataLoader,  # from training_loader
-    epoch: int,  # counted from 0
-) -> None:
-    "Move loader and data set on to an epoch."
-    loader.sampler.epoch = epoch
-    loader.dataset.set_epoch(epoch)
-
-# %% ../nbs/06_data.ipynb #775cdf72
-def epoch_order(
-    loader: DataLoader,  # from training_loader, or what accelerate made of it
-) -> tuple[EpochOrder, int]:  # the order, and how many samples one step takes over all processes
-    "Where a loader's order comes from."
-    batches, processes = loader.batch_sampler, 1
-    while hasattr(batches, 'batch_sampler'): batches, processes = batches.batch_sampler, processes*batches.num_processes
-    if not isinstance(batches.sampler, EpochOrder): raise ValueError('this loader has an order of its own: make it with training_loader')
-    return batches.sampler, batches.batch_size*processes
-
+# %% ../nbs/06_data.ipynb #73a18ffc
 def worker_died(
     error: Exception,  # raised by a loader
 ) -> bool:  # True: start it again
@@ -483,13 +464,115 @@ def worker_died(
     if 'in DataLoader worker process' in told: return False
     return 'DataLoader worker' in told or 'pin memory thread' in told.lower() or isinstance(error, (OSError, EOFError))
 
-# %% ../nbs/06_data.ipynb #f4db8f14
-class Replaced:
-    "Counts the samples of an epoch, and which of them were replaced."
-    loader: DataLoader
-    max_replaced: float
-    samples: int
-    replaced: list[tuple[str, str]]
+def silence() -> Any:  # the handler that was set, or None if nothing was changed
+    "Let the death of a worker raise nowhere but in the loader."
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGCHLD'): return None
+    before = signal.getsignal(signal.SIGCHLD)
+    if not callable(before): return None
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    return before
+
+# %% ../nbs/06_data.ipynb #447a053e
+class ClipLoader(DataLoader):
+    "Batches of an epoch. Besides what PyTorch's loader does, it can be read from any batch on, and from epoch to epoch without a pause."
+    batches: Iterator[dict[str, Any]] | None = None  # that is open
+    place: tuple[int, int] = (0, 0)  # epoch and number of the batch that it gives next
+    ahead: int = 0  # last epoch that its workers may read for
+    alarm: Any = None  # see `silence`
+
+    def batch(self,
+        epoch: int,  # counted from 0
+        number: int,  # of the batch
+    ) -> dict[str, Any]:
+        "One batch. Quick if it is the one after the last; any other starts the reading anew."
+        if self.batches is None or self.place != (epoch, number):
+            self.close()
+            self.batch_sampler.epoch, self.batch_sampler.first, self.batch_sampler.last = epoch, number, self.ahead
+            self.batches = iter(self)
+        batch = next(self.batches)
+        self.alarm = self.alarm or silence()
+        self.place = (epoch, number + 1) if number + 1 < len(self) else (epoch + 1, 0)
+        return batch
+
+    def close(self,
+        killed: bool = False,  # one of the workers is dead: the others may wait for it for ever
+    ) -> None:
+        "End the workers."
+        for worker in getattr(self.batches, '_workers', []) if killed else []:
+            if worker.is_alive(): worker.kill()
+        self.batches, order = None, self.batch_sampler  # PyTorch ends them here, while it is quiet
+        order.first = order.last = 0
+        if self.alarm: signal.signal(signal.SIGCHLD, self.alarm)
+        self.alarm = None
+
+    @contextmanager
+    def reading_ahead(self,
+        epochs: int,  # of the training: no worker reads for epochs after the last
+    ) -> Iterator[None]:
+        "While the block runs, workers go on with the next epoch when they have read this one."
+        self.ahead = epochs - 1
+        try: yield
+        finally:
+            self.ahead = 0
+            self.close()
+
+# %% ../nbs/06_data.ipynb #95bdd1df
+def training_loader(
+    dataset: RandomClips,  # samples
+    batch_size: int,  # B, of one process
+    workers: int = 0,  # reading processes; ignored where the frames are kept in memory
+    pin_memory: bool = False,  # for a GPU: copies to the device can run beside the computation
+    processes: int = 1,  # that share the samples, each with batches of its own
+    process: int = 0,  # which of them this is
+) -> ClipLoader:  # of batches
+    "Batches of an epoch; call `set_epoch` before each. Raises ValueError if there are too few samples for one batch in every process."
+    if len(dataset) < batch_size*processes:
+        where = f' in each of {processes} processes' if processes > 1 else ''
+        raise ValueError(f'{len(dataset)} videos do not fill one batch of {batch_size}{where}: lower batch_size, or give more videos')
+    workers = 0 if dataset.frames.kept is not None else workers
+    own = torch.Generator()  # a loader draws a number for its workers: not from the generator that the networks use
+    return ClipLoader(dataset, batch_sampler=EpochOrder(len(dataset), batch_size, dataset.seed, processes, process), num_workers=workers, collate_fn=collate, generator=own, pin_memory=pin_memory)
+
+def set_epoch(
+    loader: ClipLoader,  # from training_loader
+    epoch: int,  # counted from 0
+) -> None:
+    "Move loader and data set on to an epoch."
+    loader.batch_sampler.epoch = epoch
+    loader.dataset.set_epoch(epoch)
+
+# %% ../nbs/06_data.ipynb #775cdf72
+class EpochBatches:
+    "Batches of an epoch from some number on. Counts what was replaced, and starts again after a dead worker."
+    def __init__(self,
+        loader: ClipLoader,  # set to its epoch
+        start: int = 0,  # first batch wanted, of this process
+        restarts: int = 3,  # dead workers to bear
+        max_replaced: float = 0.01,  # share of the samples that may be replaced; two are always borne
+        log: Callable[[str], None] = print,  # where the death of a worker is told
+    ):
+        if not isinstance(loader, ClipLoader): raise ValueError('this loader has an order of its own: make it with training_loader')
+        if not 0 <= start <= len(loader): raise ValueError(f'start={start}: the epoch has {len(loader)} batches')
+        self.loader, self.number, self.most, self.max_replaced, self.epoch = loader, start, restarts, max_replaced, loader.batch_sampler.epoch
+        self.log, self.restarts, self.samples, self.replaced = log, 0, 0, []  # dead workers, samples served, and (video, reason) of those that were replaced
+
+    def __len__(self) -> int: return len(self.loader) - self.number  # still to come
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            while len(self):
+                try: batch = self.loader.batch(self.epoch, self.number)
+                except (RuntimeError, OSError, EOFError) as error:
+                    if not self.loader.num_workers or not worker_died(error) or self.restarts >= self.most: raise
+                    self.restarts += 1
+                    self.log(f'a reading process died ({(str(error) or type(error).__name__).splitlines()[0]}): starting again at batch {self.number}')
+                    self.loader.close(killed=True)
+                    continue
+                self.count(batch)
+                self.number += 1
+                yield batch
+        finally:
+            if len(self) or self.loader.ahead <= self.epoch: self.loader.close()
 
     def count(self,
         batch: dict[str, Any],  # about to be served
@@ -504,63 +587,8 @@ class Replaced:
         "What was replaced, for a log."
         return '; '.join(f'{video}: {reason}' for video, reason in self.replaced) or 'nothing was replaced'
 
-# %% ../nbs/06_data.ipynb #350fc09a
-class EpochBatches(Replaced):
-    "Batches of an epoch from some number on. Counts what was replaced, and starts again after a dead worker."
-    def __init__(self,
-        loader: DataLoader,  # set to its epoch
-        start: int = 0,  # first batch wanted, of this process
-        restarts: int = 3,  # dead workers to bear
-        max_replaced: float = 0.01,  # share of the samples that may be replaced; two are always borne
-        log: Callable[[str], None] = print,  # where the death of a worker is told
-    ):
-        if not 0 <= start <= len(loader): raise ValueError(f'start={start}: the epoch has {len(loader)} batches')
-        self.loader, self.number, self.most, self.max_replaced = loader, start, restarts, max_replaced
-        self.log, self.restarts, self.samples, self.replaced = log, 0, 0, []  # dead workers, samples served, and (video, reason) of those that were replaced
-
-    def __len__(self) -> int: return len(self.loader) - self.number  # still to come
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        order, step = epoch_order(self.loader)
-        alarm = batches = None
-        try:
-            while len(self):
-                order.skip = self.number*step
-                try:
-                    batches = iter(self.loader)
-                    while len(self):
-                        batch = next(batches)
-                        alarm = alarm or silence()
-                        self.count(batch)
-                        self.number += 1
-                        yield batch
-                except (RuntimeError, OSError, EOFError) as error:
-                    if not self.loader.num_workers or not worker_died(error) or self.restarts >= self.most: raise
-                    self.restarts += 1
-                    self.log(f'a reading process died ({(str(error) or type(error).__name__).splitlines()[0]}): starting again at batch {self.number}')
-                    stop_workers(batches)
-        finally:
-            order.skip, batches = 0, None  # the loader ends its workers here, while it is quiet
-            if alarm: signal.signal(signal.SIGCHLD, alarm)
-
-# %% ../nbs/06_data.ipynb #2f42c472
-def silence() -> Any:  # the handler that was set, or None if nothing was changed
-    "Let the death of a worker raise nowhere but in the loader."
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGCHLD'): return None
-    before = signal.getsignal(signal.SIGCHLD)
-    if not callable(before): return None
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    return before
-
-def stop_workers(
-    batches: Any,  # an iterator of a DataLoader
-) -> None:
-    "End the processes of a loader that lost one: the others may wait for it for ever."
-    for worker in getattr(batches, '_workers', []):
-        if worker.is_alive(): worker.kill()
-
 def epoch_batches(
-    loader: DataLoader,  # from training_loader, set to an epoch; or what accelerate made of it
+    loader: ClipLoader,  # from training_loader, set to an epoch
     start: int = 0,  # first batch wanted, counted from 0: those before it are not even read
     restarts: int = 3,  # dead workers to bear in this epoch
     max_replaced: float = 0.01,  # share of the samples that may be replaced by others

@@ -360,7 +360,7 @@ def stage_spans(
     return spans.assign(stream=spans['name'].str.split('-').str[0]).reset_index(drop=True)
 
 # %% ../nbs/15_plots.ipynb #acff60f4
-PANELS = {'loss': 'loss [nats]', 'prototypes_in_use': 'prototypes\nin use', 'assignment_entropy': 'entropy\n[nats]', 'agreement': 'agreement\n[share]'}
+PANELS = {'loss': 'loss [nats]', 'prototypes_in_use': 'prototypes\nin use', 'assignment_entropy': 'entropy of\nmean [nats]', 'agreement': 'agreement\n[share]'}
 
 
 def _reference(column: str, num_prototypes: int) -> tuple[float, str]:
@@ -377,6 +377,7 @@ def _draw_panel(ax: Axes, history: pd.DataFrame, spans: pd.DataFrame, column: st
         colour, inside = STREAM_COLOURS.get(span.stream, PALETTE[7]), slice(span.first - 1, span.last)
         ax.axvspan(span.first - .5, span.last + .5, color=colour, alpha=.12, lw=0)
         ax.plot(np.arange(span.first, span.last + 1), values[inside], color=colour, marker='o' if len(values) <= 100 else None, markersize=2.5)
+        if column == 'loss' and 'target_entropy' in history: ax.plot(np.arange(span.first, span.last + 1), history['target_entropy'].to_numpy(float)[inside], color=colour, ls=':', lw=1.2)
     value, name = _reference(column, num_prototypes)
     ax.axhline(value, color='0.25', ls='--', lw=1)
     ax.annotate(name, (1, value), xycoords=('axes fraction', 'data'), xytext=(-4, 4), textcoords='offset points', ha='right', va='bottom', fontsize=8)
@@ -390,7 +391,7 @@ def plot_training_curves(
     num_prototypes: int | None = None, # K; None: from the column num_prototypes
     title: str = '', # above all
 ) -> Figure:
-    """Loss (with ln K), prototypes in use, entropy and agreement over the whole schedule. Raises ValueError for missing columns or an unclear K."""
+    """Loss (with ln K, and dotted its floor, the entropy of the targets), prototypes in use, entropy and agreement over the whole schedule. Raises ValueError for missing columns or an unclear K."""
     require_columns(history, ['stage', 'loss'], 'history')
     if num_prototypes is None:
         require_columns(history, ['num_prototypes'], 'history (or give num_prototypes=)')

@@ -100,7 +100,7 @@ class EpochMeter:
         num_prototypes: int,  # K
         device: torch.device,  # where the numbers are
     ):
-        self.loss, self.agreed, self.rows, self.steps = torch.zeros((), device=device), torch.zeros((), device=device), 0, 0
+        self.loss, self.floor, self.agreed, self.rows, self.steps = *(torch.zeros((), device=device) for _ in range(3)), 0, 0
         self.mean, self.chosen = torch.zeros(num_prototypes, device=device), torch.zeros(num_prototypes, device=device)
 
     @torch.no_grad()
@@ -111,19 +111,19 @@ class EpochMeter:
         "Count a step."
         first, last = assignments[0].argmax(1), assignments[-1].argmax(1)
         self.loss += loss.detach(); self.steps += 1; self.rows += len(first)
+        self.floor += torch.stack([torch.special.entr(view).sum(1).mean() for view in assignments]).mean()
         self.mean += assignments[0].sum(0)
         self.chosen.index_add_(0, first, torch.ones_like(first, dtype=self.chosen.dtype))
         self.agreed += (first == last).sum()
 
     def read(self,
         accelerator: Accelerator,  # to add up over processes
-    ) -> dict[str, float]:  # loss, prototypes_in_use, assignment_entropy (nats) and agreement (share)
+    ) -> dict[str, float]:  # loss, target_entropy and assignment_entropy (nats), prototypes_in_use, agreement (share)
         "The epoch's numbers over all processes. This is where the CPU waits."
         counts = torch.tensor([float(self.rows), float(self.steps)], device=self.loss.device)
-        totals = accelerator.reduce(torch.cat([torch.stack([self.loss, self.agreed]), counts, self.mean, self.chosen]), 'sum')
-        (loss, agreed, rows, steps), (mean, chosen) = totals[:4].tolist(), totals[4:].chunk(2)
-        mean = mean/rows
-        return dict(loss=loss/steps, prototypes_in_use=int((chosen > 0).sum()), assignment_entropy=-torch.xlogy(mean, mean).sum().item(),
+        totals = accelerator.reduce(torch.cat([torch.stack([self.loss, self.floor, self.agreed]), counts, self.mean, self.chosen]), 'sum')
+        (loss, floor, agreed, rows, steps), (mean, chosen) = totals[:5].tolist(), totals[5:].chunk(2)
+        return dict(loss=loss/steps, target_entropy=floor/steps, prototypes_in_use=int((chosen > 0).sum()), assignment_entropy=torch.special.entr(mean/rows).sum().item(),
                     agreement=agreed/rows)
 
 # %% ../nbs/11e_stage.ipynb #bf2e644b
@@ -312,7 +312,7 @@ class Stage(RestorableStage):
         row: dict[str, Any],  # of the history
     ) -> str:  # part of a line for people
         "What to watch beside the loss."
-        return f'prototypes {row["prototypes_in_use"]:3}/{len(self.stream.prototypes.weight)}  agreement {100*row["agreement"]:3.0f} %  entropy {row["assignment_entropy"]:.2f}'
+        return f'prototypes {row["prototypes_in_use"]:3}/{len(self.stream.prototypes.weight)}  agreement {100*row["agreement"]:3.0f} %'
 
 # %% ../nbs/11e_stage.ipynb #c2ee8638
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIMING', 'Upkeep', 'Begun', 'save_checkpoint', 'adopt', 'load_checkpoint', 'Watcher', 'collapsed', 'check_collapse',
            'finite', 'Keeper', 'videos_hash', 'epoch_line', 'seeded', 'timed', 'loader_line', 'train_epoch',
-           'train_one', 'memory_advice', 'stage_facts', 'stage_loaders', 'check_stage', 'train_stage']
+           'train_one', 'memory_advice', 'stage_facts', 'stage_loader', 'check_stage', 'train_stage']
 
 # %% ../nbs/12_training.ipynb #39c18bcc
 import hashlib
@@ -25,10 +25,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from .checkpoints import read_checkpoint, write_checkpoint
-from .data import EpochBatches, TwoStreamClips, epoch_batches, set_epoch, training_loader
+from .data import ClipLoader, EpochBatches, TwoStreamClips, epoch_batches, set_epoch, training_loader
 from .files import explained, save_text
 from .optim import cosine_schedule, set_learning_rate
 from .prepare import STREAMS
@@ -183,7 +182,8 @@ def collapsed(
     if 'prototypes_in_use' not in row: return False
     count = row['num_prototypes']
     flat = abs(row['loss'] - row['ln_k']) < .01*row['ln_k'] and row['agreement'] < 2/count
-    return row['prototypes_in_use'] <= (2 if count > 4 else 1) or flat
+    shrug = row.get('target_entropy', 0) > .99*row['ln_k']  # 0: a row of an older version
+    return row['prototypes_in_use'] <= (2 if count > 4 else 1) or flat or shrug
 
 def check_collapse(
     history: Sequence[Mapping[str, Any]],  # a row an epoch
@@ -192,7 +192,8 @@ def check_collapse(
     "Raises ValueError with advice if each of the last epochs looks like a collapse."
     if not patience or len(history) < patience or not all(collapsed(row) for row in history[-patience:]): return
     row = history[-1]
-    raise ValueError(f'{row["stage"]}: collapsed for {patience} epochs (loss {row["loss"]:.3f}, ln K {row["ln_k"]:.3f}; {row["prototypes_in_use"]} of {row["num_prototypes"]} prototypes in use; '
+    raise ValueError(f'{row["stage"]}: collapsed for {patience} epochs (loss {row["loss"]:.3f}, ln K {row["ln_k"]:.3f}, entropy of the targets {row.get("target_entropy", math.nan):.3f}; '
+                     f'{row["prototypes_in_use"]} of {row["num_prototypes"]} prototypes in use; '
                      f'agreement {row["agreement"]:.3f}). Lower the learning rate or epsilon, freeze the prototypes for longer, or use a queue or larger batches; in another folder. '
                      'Everything is saved: the same command with patience=0 goes on')
 
@@ -264,7 +265,8 @@ def epoch_line(
     "What happened in an epoch."
     online = f'  online R@1 {100*row["online_r1"]:.1f} %' if math.isfinite(row['online_r1']) else ''
     memory = f'  {row["gpu_gib"]:.1f} GiB' if math.isfinite(row['gpu_gib']) else ''
-    return (f'{row["stage"]:16} epoch {row["epoch"]:3}/{stage.settings.epochs}  loss {row["loss"]:.3f} ({stage.reference_name} {row["ln_k"]:.3f})  {stage.describe(row)}'
+    floor = f', floor {row["target_entropy"]:.3f}' if 'target_entropy' in row else ''
+    return (f'{row["stage"]:16} epoch {row["epoch"]:3}/{stage.settings.epochs}  loss {row["loss"]:.3f} ({stage.reference_name} {row["ln_k"]:.3f}{floor})  {stage.describe(row)}'
             f'  {row["samples_per_second"]:.0f} samples/s  wait {100*row["wait"]:.0f} %{memory}{online}  {duration((stage.settings.epochs - row["epoch"])*row["seconds"])} left')
 
 # %% ../nbs/12_training.ipynb #4970c5f5
@@ -308,7 +310,7 @@ def loader_line(
 # %% ../nbs/12_training.ipynb #d38e4e67
 def train_epoch(
     stage: Stage,  # to go on with
-    batches: DataLoader,  # of this epoch
+    loader: ClipLoader,  # of batches, set to this epoch
     epoch: int,  # counted from 0
     begun: Begun | None = None,  # what there is of it already
     keeper: Keeper | None = None,  # looks after it between steps
@@ -316,13 +318,13 @@ def train_epoch(
 ) -> dict[str, float]:  # learning_rate (of the last step), TIMING, and what the stage's meter says
     "All steps of an epoch, each with its own learning rate."
     settings, accelerator, device = stage.settings, stage.accelerator, stage.accelerator.device
-    steps, total = len(batches), len(batches)*(settings.schedule_epochs or settings.epochs)
+    steps, total = len(loader), len(loader)*(settings.schedule_epochs or settings.epochs)
     stage.model.train()
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     if begun and begun.step >= steps: raise ValueError(f'the checkpoint is after step {begun.step} of an epoch of {steps} steps: it is of another training; choose another folder')
     meter, first, start, clock = stage.meter(), begun.step if begun else 0, time.monotonic() - (begun.seconds if begun else 0), dict(waited=begun.waited if begun else 0.)
     with seeded(stage.dataset.seed, epoch, accelerator):
-        rest = epoch_batches(batches, first, log=log if accelerator.is_main_process else lambda line: None)
+        rest = epoch_batches(loader, first, log=log if accelerator.is_main_process else lambda line: None)
         if begun: begun.restore(meter, device)
         for number, batch in enumerate(timed(iter(rest), clock), first):
             set_learning_rate(stage.optimiser, rate := cosine_schedule(epoch*steps + number, total, settings.learning_rate, settings.final_learning_rate))
@@ -336,8 +338,7 @@ def train_epoch(
 # %% ../nbs/12_training.ipynb #ccf51aa5
 def train_one(
     keeper: Keeper,  # of the stage, with its history
-    loader: DataLoader,  # of batches
-    shared: DataLoader,  # this process's share of it
+    loader: ClipLoader,  # of batches
     epoch: int,  # counted from 0
     begun: Begun | None = None,  # what there is of the epoch already
     online: OnlineRetrieval | None = None,  # measures the stream while it is trained
@@ -346,8 +347,7 @@ def train_one(
     "Train an epoch, add it to the history, save. Raises ValueError for a loss that is not a number."
     stage, title = keeper.stage, keeper.facts['title']
     set_epoch(loader, epoch)
-    if shared is not loader: shared.set_epoch(epoch)  # accelerate counts epochs of its own
-    numbers = train_epoch(stage, shared, epoch, begun, keeper, log)
+    numbers = train_epoch(stage, loader, epoch, begun, keeper, log)
     if anywhere(stage.accelerator, ~keeper.sound() | (not math.isfinite(numbers['loss'])))[0]: raise keeper.bad_loss(epoch)
     due = online is not None and stage.accelerator.is_main_process and online.due(epoch + 1, stage.settings.epochs)
     keeper.history.append(dict(stage=title, stream=stage.name, epoch=epoch + 1, ln_k=stage.reference_loss, num_prototypes=len(stage.stream.prototypes.weight), **numbers,
@@ -380,15 +380,14 @@ def stage_facts(
                 views=str(dataset.views), clip=(dataset.clip_length, dataset.stride), teacher=other and weights_hash(other), precision=accelerator.mixed_precision)
 
 # %% ../nbs/12_training.ipynb #3421fd35
-def stage_loaders(
+def stage_loader(
     dataset: TwoStreamClips,  # samples
     settings: StageSettings,  # batch size
     accelerator: Accelerator,  # processes
     workers: int = 0,  # reading processes
-) -> tuple[DataLoader, DataLoader]:  # of all batches, and of this process's share
+) -> ClipLoader:  # of this process's batches
     "The batches of an epoch."
-    loader = training_loader(dataset, settings.batch_size, workers, accelerator.device.type == 'cuda', accelerator.num_processes)
-    return loader, accelerator.prepare_data_loader(loader, device_placement=False) if accelerator.num_processes > 1 else loader
+    return training_loader(dataset, settings.batch_size, workers, accelerator.device.type == 'cuda', accelerator.num_processes, accelerator.process_index)
 
 def check_stage(
     title: str,  # of the stage
@@ -427,17 +426,17 @@ def train_stage(
     accelerator = accelerator or Accelerator()
     check_stage(title, name, dataset, settings, other, method)
     facts = stage_facts(title, dataset, settings, other, accelerator, method)
-    loader, shared = stage_loaders(dataset, settings, accelerator, workers)
+    loader = stage_loader(dataset, settings, accelerator, workers)
     stage = method.stage(name, stream, settings, dataset, accelerator, other, **method.values)
     if accelerator.is_main_process:
         with explained(folder): Path(folder).mkdir(parents=True, exist_ok=True)
     history, begun = load_checkpoint(stage, Path(folder), facts)
     if upkeep.compile: stage.speed_up()
     if (history or begun) and accelerator.is_main_process: log(f'{title}: going on after epoch {len(history)}{f" and {begun.step} steps" if begun else ""} of {settings.epochs}')
-    with nullcontext(request) if request else stop_on_signals() as request, memory_advice(title, settings, dataset):
-        keeper, first = Keeper(stage, Path(folder), history, facts, len(shared), upkeep, request), len(history)
+    with nullcontext(request) if request else stop_on_signals() as request, memory_advice(title, settings, dataset), loader.reading_ahead(settings.epochs):
+        keeper, first = Keeper(stage, Path(folder), history, facts, len(loader), upkeep, request), len(history)
         for epoch in range(first, settings.epochs):
-            train_one(keeper, loader, shared, epoch, begun if epoch == first else None, online, log)
+            train_one(keeper, loader, epoch, begun if epoch == first else None, online, log)
             if watcher and accelerator.is_main_process: watcher.epoch(history)
             if accelerator.is_main_process and ((epoch + 1) % log_every == 0 or epoch + 1 == settings.epochs): log(epoch_line(history[-1], stage))
             keeper.after_epoch(epoch)
