@@ -56,13 +56,15 @@ def test_pretrain_on_real_clips(tmp_path):
     assert metrics['train_videos'] + metrics['test_videos'] == 18
     assert 0 < metrics['results']['chance']['R@1'] < 1
 
-def test_unlabelled_videos(tmp_path):
+@pytest.mark.timeout(300)
+def test_unlabelled_videos_in_two_processes(tmp_path):
     from vicc.manifests import read_manifest
     from vicc.synthetic import make_moving_shapes
     made = make_moving_shapes(tmp_path/'shapes', 16, 8)
     for subset in ('train', 'test'): read_manifest(made[subset])[['video', 'num_frames']].to_csv(tmp_path/f'{subset}.csv', index=False)
-    execute(dict(TINY, manifest=str(tmp_path/'train.csv'), test_manifest=str(tmp_path/'test.csv'), videos=str(made['videos']), output=str(tmp_path/'run'), collapse_lesson=False),
+    execute(dict(TINY, manifest=str(tmp_path/'train.csv'), test_manifest=str(tmp_path/'test.csv'), videos=str(made['videos']), output=str(tmp_path/'run'), collapse_lesson=False, num_processes=2),
             tmp_path)
+    assert len((tmp_path/'run'/'history.csv').read_text().splitlines()) == 5 and yaml.safe_load((tmp_path/'run'/'recipe.yaml').read_text())['num_prototypes'] == 6
     assert json.loads((tmp_path/'run'/'metrics.json').read_text())['results'] == {}
 
 @pytest.mark.parametrize('notebook', EXPERIMENTS, ids=lambda path: path.stem)

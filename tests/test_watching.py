@@ -80,9 +80,26 @@ def test_a_bad_loss_is_never_saved(store, cpu, tmp_path, monkeypatch):
 def test_the_device_is_not_asked_at_every_step(store, cpu, tmp_path, monkeypatch):
     import vicc.training
     asked = []
-    monkeypatch.setattr(vicc.training, 'anywhere', lambda accelerator, *answers: asked.append(len(answers)) or [False]*len(answers))
+    monkeypatch.setattr(vicc.training, 'anywhere', lambda accelerator, *answers: asked.append(len(answers)) or [0]*len(answers))
+    monkeypatch.setattr(vicc.training, 'added_up', vicc.training.anywhere)
     train(store, cpu, tmp_path, upkeep=Upkeep(check_every=3))
-    assert asked == [2, 1, 1]*3  # once after the third of four steps, and twice at the end of an epoch: before it is saved, and after
+    assert asked == [3, 2, 1, 1]*3  # once after the third of four steps, and at the end of an epoch: what was replaced, before it is saved, and after
+
+def test_a_bad_run_goes_on_with_another_learning_rate_if_that_is_accepted(store, cpu, tmp_path, monkeypatch):
+    step, run = Stage.step, dict(store=store, folder=tmp_path/'run', accelerator=cpu, log=lambda line: None)
+    def spoiled(self, batch, epoch, meter):
+        step(self, batch, epoch, meter)
+        if epoch == 1 and self.settings.learning_rate > 2e-4: meter.loss += math.inf
+    monkeypatch.setattr(Stage, 'step', spoiled)
+    with pytest.raises(ValueError, match='the loss or a weight of epoch 2 .*With accept_changes the same folder goes on'): alternate(TINY, **run)
+    gentle = replace(TINY, single_learning_rate=1e-4, weight_decay=.5)
+    with pytest.raises(ValueError, match='single_learning_rate is 0.0003, not 0.0001.*go on with the new values on purpose: accept_changes'): alternate(gentle, **run)
+    with pytest.raises(ValueError, match='num_prototypes is 6, not 7.*choose another folder$'): alternate(replace(TINY, num_prototypes=7), **run, accept_changes=True)
+    history = alternate(gentle, **run, accept_changes=True)
+    assert len(history) == 3 and history.learning_rate[0] > 1e-4 > history.learning_rate[1]  # the first epoch is from before
+    changes = pd.read_csv(tmp_path/'run'/'changes.csv')
+    assert changes[['name', 'was', 'is']].astype(str).values.tolist() == [['weight_decay', '1e-05', '0.5'], ['single_learning_rate', '0.0003', '0.0001']]
+    assert len(alternate(gentle, **run)) == 3 and len(pd.read_csv(tmp_path/'run'/'changes.csv')) == 2  # the new recipe is the run's own
 
 def test_collapse_stops_after_patience_and_can_go_on(store, cpu, tmp_path, monkeypatch):
     import vicc.training

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FAST', 'NORM_AFTER', 'as_2d_convolution', 'space_to_depth_convolution', 'is_stem', 'is_flat', 'Conv3dAs2d',
            'max_along', 'triple', 'separable_max_pool', 'SeparableMaxPool3d', 'make_fast', 'make_plain',
-           'fold_batch_norm', 'fast_embed', 'mark_step']
+           'fold_batch_norm', 'frozen_copy', 'compiler_cache', 'fast_embed', 'mark_step']
 
 # %% ../nbs/10b_fast.ipynb #dd154cf1
 import copy
-import time
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -143,17 +144,37 @@ def fold_batch_norm(
         raise ValueError(f'{left[0]} follows no convolution that it could be folded into: use the network as it is')
     return folded
 
+# %% ../nbs/10b_fast.ipynb #e3c1ea6f
+def frozen_copy(
+    network: nn.Module,  # a stream or a part of one, on its device
+) -> nn.Module:  # in evaluation mode, without gradients
+    "A copy that stands still and computes the same to rounding, faster. Where batch norm cannot be folded, it stays."
+    try: frozen = fold_batch_norm(network)
+    except ValueError: frozen = copy.deepcopy(network).eval().requires_grad_(False)
+    on_cpu = next(frozen.parameters()).device.type == 'cpu'
+    return (make_fast if on_cpu else make_plain)(frozen.to(memory_format=torch.channels_last_3d))
+
 # %% ../nbs/10b_fast.ipynb #41ed17d0
+def compiler_cache() -> str:  # a folder
+    "Where compiled code is kept from run to run: `TORCHINDUCTOR_CACHE_DIR`, which is set if it was not."
+    if 'TORCHINDUCTOR_CACHE_DIR' not in os.environ:
+        folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'vicc'/'compiled'
+        try: folder.mkdir(parents=True, exist_ok=True)
+        except OSError: return 'a folder of PyTorch'  # no home to write to
+        os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(folder)
+    return os.environ['TORCHINDUCTOR_CACHE_DIR']
+
 def fast_embed(
     stream: Stream,  # its backbone is made fast in place
     compiled: bool = True,  # compile; False: only the exchanged layers
     graphs: bool = True,  # record CUDA graphs; only on a CUDA device, and only if compiled
     frozen: bool = False,  # the stream stands still: fold its batch norm, keep no gradient
 ) -> Callable[[Tensor], Tensor]:  # clips [B, 3, T, H, W] to projections [B, D], as `stream.embed`
-    "`stream.embed`, faster. With graphs, say `mark_step` before each step. Raises ValueError for a frozen stream whose batch norm cannot be folded."
-    network = fold_batch_norm(stream) if frozen else stream
+    "`stream.embed`, faster. With graphs, say `mark_step` before each step."
+    network = frozen_copy(stream) if frozen else stream
     make_fast(network.backbone)
     if not compiled: return network.embed
+    compiler_cache()
     on_gpu = next(network.parameters()).is_cuda
     embed = torch.compile(network.embed, mode='reduce-overhead' if graphs and on_gpu else None, dynamic=False)
     return (lambda clips: embed(clips).clone()) if graphs and on_gpu else embed

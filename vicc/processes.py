@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOP_SIGNALS', 'SumOverProcesses', 'WholeBatchNorm', 'synchronise_batchnorm', 'restore_batchnorm', 'anywhere',
-           'meet_again', 'Stopped', 'StopRequest', 'stop_on_signals']
+           'added_up', 'meet_again', 'wait_at_most', 'Stopped', 'StopRequest', 'stop_on_signals']
 
 # %% ../nbs/11d_processes.ipynb #3c91111a
 import os
@@ -93,8 +93,15 @@ def anywhere(
     *answers: bool | Tensor,  # of this process
 ) -> list[bool]:  # for each, whether any process said yes; the same on all
     "Agree on yes or no. All processes must ask the same."
-    flags = torch.stack([torch.as_tensor(answer, device=accelerator.device).float() for answer in answers])
-    return [number > 0 for number in accelerator.reduce(flags, 'sum').tolist()]
+    return [number > 0 for number in added_up(accelerator, *answers)]
+
+def added_up(
+    accelerator: Accelerator,  # its processes
+    *numbers: float | Tensor,  # of this process
+) -> list[float]:  # the sum of each; the same on all
+    "Numbers over all processes. All processes must ask the same."
+    values = torch.stack([torch.as_tensor(number, device=accelerator.device).float() for number in numbers])
+    return accelerator.reduce(values, 'sum').tolist()
 
 # %% ../nbs/11d_processes.ipynb #cbf8fd6c
 def meet_again(
@@ -107,6 +114,15 @@ def meet_again(
     table = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timeout)
     dist.init_process_group(backend, store=dist.PrefixStore(f'start {start}', table), rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']), timeout=timeout)
     return True
+
+
+def wait_at_most(
+    timeout: timedelta,  # from now on
+) -> None:
+    "How long a process waits for the others before it gives up. Does nothing if there are no others."
+    if not (dist.is_available() and dist.is_initialized()): return
+    set_timeout = getattr(dist, 'set_timeout', None) or getattr(dist.distributed_c10d, '_set_pg_timeout', None)  # the second in older versions of PyTorch
+    if set_timeout: set_timeout(timeout)
 
 # %% ../nbs/11d_processes.ipynb #3ca45a9c
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name))
@@ -122,12 +138,20 @@ class Stopped(SystemExit):
     def __str__(self) -> str: return self.message
 
 class StopRequest:
-    "Remembers which signal asked for the end."
-    name: str = ''  # '': none yet
+    "Remembers who asked for the end: a signal, or the program that started this process, by ending itself."
+    def __init__(self):
+        launched = {'TORCHELASTIC_RUN_ID', 'ACCELERATE_MIXED_PRECISION'} & set(os.environ)  # by torchrun or accelerate, and not by a shell that may well end before
+        self.name, self.launcher = '', os.getppid() if launched else None  # '': nobody yet
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:
         "A handler of signals."
         self.name = signal.Signals(number).name
+
+    @property
+    def asked(self) -> bool:
+        "Whether this process shall end."
+        if not self.name and self.launcher not in (None, os.getppid()): self.name = 'the end of its launcher'
+        return bool(self.name)
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
