@@ -407,7 +407,7 @@ def mount_gone(bench: Bench) -> dict:
         finally:
             shutil.rmtree(disk/'run', ignore_errors=True)
             subprocess.run(['mount', '--bind', str(other), str(disk)], check=True)
-        row = trial.result(code, '(?i)gone|vanish|unmounted|no longer', (2,), again=True)
+        row = trial.result(code, '(?i)gone|vanish|unmounted|taken away|no longer', (2,), again=True)
         subprocess.run(['umount', '--lazy', str(other)], check=True)
         if left: row.update(said_so=False, said=f'{row["said"]} | {len(left)} files written where the disk had been: {", ".join(left[:3])} …')
         return row

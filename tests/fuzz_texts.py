@@ -41,7 +41,7 @@ from vicc.manifests import dataset_description, hmdb51_list, kinetics_table, rea
 from vicc.prepare import PrepareSettings, Store, check_settings, open_folder
 from vicc.prototypes import ProjectionQueue
 from vicc.retrieval import cached_parts
-from vicc.stage import Stage, VICC
+from vicc.stage import Stage, StageSettings, VICC
 from vicc.streams import CHECKSUMS, SAVED_FILES, Stream, load_released, load_stream, released_tensors, save_stream
 from vicc.training import Begun, load_checkpoint
 
@@ -186,7 +186,7 @@ class Toy:
     def __init__(self):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.accelerator, self.stream, self.queue = Accelerator(cpu=True), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), ProjectionQueue(2, 4, 3)
+            self.settings, self.accelerator, self.stream, self.queue = StageSettings(), Accelerator(cpu=True), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), ProjectionQueue(2, 4, 3)
             self.optimiser = torch.optim.AdamW(self.stream.parameters())
             self.stream(torch.randn(5, 4)).square().sum().backward()
             self.optimiser.step()

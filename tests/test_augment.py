@@ -1,4 +1,5 @@
 """Views: what the notebook 05_augment does not show. Known answers, shapes that must not change, both devices' paths."""
+import warnings
 from dataclasses import fields, replace
 
 import numpy as np
@@ -7,10 +8,11 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as reference
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 
 from vicc.augment import (NEUTRAL, ViewSettings, apply_view, blend, centre_view, change_colours, colour_jitter, copy_channel, crop_boxes,
-                          crop_resize, crop_views, denormalise, draw_pair, draw_view, flow_images, gaussian_blur, normalise, rotate_hue)
+                          crop_resize, crop_views, denormalise, draw_pair, draw_view, flow_images, gaussian_blur, normalise, rotate_hue, tf32)
 
 STRONG = ViewSettings(size=24, flip=.5, jitter=1., grey=.5, blur=1.)
 
@@ -122,6 +124,50 @@ def test_large_batches_in_parts_equal_one_by_one():
     whole = crop_resize(clips, view['box'], view['flip'], 16)
     for b in range(3): assert torch.allclose(whole[b:b + 1], crop_resize(clips[b:b + 1], view['box'][b:b + 1], view['flip'][b:b + 1], 16), atol=1e-3)
     assert whole.is_contiguous()
+
+
+class Names(TorchDispatchMode):
+    "Notes the name of every operation."
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*arguments, **(options or {}))
+
+
+def test_a_gpu_gets_the_batch_in_one_part():
+    with FakeTensorMode():
+        boxes, flips = torch.empty(24, 4), torch.empty(24, dtype=torch.bool)
+        for device, parts in (('cuda', 1), ('cpu', 24)):
+            clips = torch.empty(24, 32, 240, 320, 3, dtype=torch.uint8, device=device)
+            with Names() as seen: assert crop_resize(clips, boxes, flips, 128).is_contiguous()
+            assert seen.names.count('bmm') == 2 * parts
+
+
+def test_tf32_is_put_back_and_warns_of_nothing():
+    setting = torch.backends.cuda.matmul
+    name = 'fp32_precision' if hasattr(setting, 'fp32_precision') else 'allow_tf32'
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for value in (('none', 'ieee', 'tf32') if name == 'fp32_precision' else (False, True)):
+            before = getattr(setting, name)
+            try:
+                setattr(setting, name, value)
+                expected = getattr(setting, name)
+                with pytest.raises(KeyError), tf32(torch.device('cuda')):
+                    assert getattr(setting, name) in ('tf32', True)
+                    raise KeyError
+                with tf32(torch.device('cpu')): assert getattr(setting, name) == expected
+                assert getattr(setting, name) == expected
+            finally: setattr(setting, name, before)
+
+
+def test_colour_jitter_is_few_operations():
+    images, view = torch.rand(4, 3, 2, 8, 8), views_of(STRONG, 4, 40, 40)
+    with Names() as seen: colour_jitter(images, view['order'], view['factors'])
+    assert sum(name not in ('view', 'expand', 'slice', 'select', 'unsqueeze', 'unbind', 'scalar_tensor') for name in seen.names) <= 105
 
 
 @pytest.mark.parametrize('stream, flow_as_image', [('rgb', False), ('flow', False), ('flow', True)])

@@ -1,5 +1,11 @@
 "The benchmark's arithmetic, order and messages. Nothing here measures time: the clock is ours."
 import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
 from itertools import count
 from types import SimpleNamespace
 
@@ -9,13 +15,14 @@ import papermill
 import pytest
 import torch
 
-from vicc import bench
+from vicc import alternation, bench, evaluation, prepare
 from vicc.alternation import Recipe, find_project
 from vicc.prepare import Store
 
 NOTEBOOK = find_project(__file__)/'nbs'/'run_profile.ipynb'
 RESULTS = find_project(__file__)/'nbs'/'results'
 RECIPES = sorted((find_project(__file__)/'nbs'/'recipes').glob('*.yaml'))
+SCRIPT = find_project(__file__)/'.ci'/'measure_gpu'
 SMALL = dict(batch_size=2, clip_length=8, repeats=2)
 
 
@@ -51,23 +58,24 @@ def test_all_parts_with_seconds_of_one(one_second):
     table = bench.run(quick=True)
     timed = table[table.unit.str.endswith('/s')]
     values = {f'{row.part} {row.name}': row.value for row in timed[timed.part != 'epoch'].itertuples()}
-    clips = [values.pop(f'evaluation small {way}') for way in ('in batches', 'one video at a time')]
+    clips = [values.pop(f'evaluation small {way}') for way in ('in batches', 'one video at a time', 'one clip at a time')]
     assert values == {**{f'flow {name}': 2 for name in bench.available_methods()}, 'loader decode rgb': 2, 'loader decode flow': 2, 'loader workers 0': 4, 'loader workers 1': 4,
-                      'step small single': 2, 'step small cross': 2}
-    assert clips == [4*2]*2  # 4 videos of 32 frames: clips start at 0 and 15
+                      **{f'step small {name}': 2 for name in ('single with views', 'single', 'cross with views', 'cross')}}
+    assert clips == [4*2, 4*2, 4*2]  # 4 videos of 32 frames: clips start at 0 and 15
     assert all({'threads', 'repeats', 'spread'} <= set(settings) and settings['spread'] == 0 for settings in timed.settings)
     assert timed[timed.part == 'epoch'].name.tolist() == ['small single', 'small cross'] and table.set_index('name').value['small largest difference'] < 1e-3
-    assert set(table.unit) == {'pairs/s', 'clips/s', 'samples/s', 'px', '%', 'of length 1'} and table.attrs['machine']['cores'] >= 1
+    assert set(table.unit) == {'pairs/s', 'clips/s', 'samples/s', 'px', '%', 'of length 1', 'times as fast'} and table.set_index('name').value['small in batches, compared with one video at a time'] == 1 and table.attrs['machine']['cores'] >= 1
 
 
 def test_parts_alone(one_second, store):
     assert [row['value'] for row in bench.bench_flow(['dis', 'farneback'], 48, 64, pairs=3, repeats=1)] == [3, 3]
-    rows = bench.bench_loader(store, workers=(0,), streams=('rgb',), **SMALL)
+    rows = [*bench.bench_loader(store, workers=(0,), streams=('rgb',), **SMALL)]
     assert [(row['name'], row['value']) for row in rows] == [('decode rgb', 2), ('workers 0', 4)] and rows[1]['settings']['streams'] == 'rgb'
-    rows = bench.bench_step(store, ['small'], ['cross'], view_size=16, num_prototypes=4, warm_up=0, **SMALL)
-    assert [(row['name'], row['settings']['clip'], row['settings']['precision']) for row in rows] == [('small cross', '8×16×16', 'no')]
-    batched, plain, difference = bench.bench_evaluation(store, ['small'], view_size=16, few=1, **SMALL)
-    assert (batched['value'], plain['value'], batched['settings']['batch_size'], plain['settings']['batch_size']) == (2*plain['value'], plain['value'], 2, 1) and difference['value'] < 1e-3
+    rows = [*bench.bench_step(store, ['small'], ['cross'], view_size=16, num_prototypes=4, warm_up=0, **SMALL)]
+    assert [(row['name'], row['settings']['clip'], row['settings']['precision'], row['settings']['views']) for row in rows] == [('small cross with views', '8×16×16', 'no', 'in every step'), ('small cross', '8×16×16', 'no', 'made before')]
+    batched, videos, clips, times, difference = bench.bench_evaluation(store, ['small'], view_size=16, few=1, **SMALL)
+    assert (batched['value'], videos['value'], clips['value'], times['value']) == (2*videos['value'], videos['value'], videos['value'], 2) and difference['value'] < 1e-3
+    assert batched['settings']['batch_size'] == 2
 
 
 def test_a_step_trains_the_stream_and_leaves_the_other(one_second, store, monkeypatch):
@@ -77,17 +85,44 @@ def test_a_step_trains_the_stream_and_leaves_the_other(one_second, store, monkey
             super().__init__(*arguments)
             stages.append((self, {name: value.clone() for name, value in self.stream.state_dict().items()}, {name: value.clone() for name, value in self.other.state_dict().items()}))
     monkeypatch.setattr(bench, 'Stage', Spy)
-    bench.bench_step(store, ['small'], ['cross'], view_size=16, num_prototypes=4, **SMALL)
+    list(bench.bench_step(store, ['small'], ['cross'], view_size=16, num_prototypes=4, **SMALL))
     stage, own, other = stages[0]
     assert any((stage.stream.state_dict()[name] != value).any() for name, value in own.items() if name.endswith('weight'))
     assert all(torch.equal(stage.other.state_dict()[name], value) for name, value in other.items())
 
 
 def test_an_epoch_is_fed_from_the_store(one_second, store):
-    rows = bench.bench_epoch(store, ['small'], batch_size=2, clip_length=8, view_size=16, num_prototypes=4, workers=1, seconds=6)
+    rows = [*bench.bench_epoch(store, ['small'], batch_size=2, clip_length=8, view_size=16, num_prototypes=4, workers=1, seconds=6)]
     assert [(row['name'], row['unit']) for row in rows[::2]] == [('small single', 'samples/s'), ('small cross', 'samples/s')]
     assert all(row['settings']['steps'] == 3 and row['settings']['workers'] == 1 and row['value'] > 0 for row in rows)  # two epochs, and a step takes a second, says the clock
     assert all(row['unit'] == '%' and 0 < row['value'] <= 100 for row in rows[1::2])
+
+
+def test_views_are_made_once_or_in_every_step(one_second, store, monkeypatch):
+    made = []
+    monkeypatch.setattr(bench.Stage, 'views', lambda stage, batch, name, views=bench.Stage.views: made.append(name) or views(stage, batch, name))
+    rows, counts = bench.bench_step(store, ['small'], ['cross'], view_size=16, num_prototypes=4, warm_up=1, **SMALL), []
+    for _ in rows: counts.append(len(made))
+    assert counts == [2*3, 2*3 + 2]  # two streams in three steps; then once more for all steps to come
+
+
+def test_every_sample_of_an_epoch_is_checked(one_second, store, monkeypatch):
+    epochs = []
+    monkeypatch.setattr(bench, 'train_epoch', lambda stage, loader, epoch: epochs.append((stage.dataset, loader.dataset)) or dict(samples_per_second=1., wait=0.))
+    list(bench.bench_epoch(store, ['small'], ['cross'], batch_size=1, clip_length=8, view_size=16, num_prototypes=4, seconds=8))
+    dataset, same = epochs[0]
+    assert dataset is same and len(dataset) == 4 and set(dataset.frames.checksums) == {(video, stream) for video in store.manifest.video for stream in ('rgb', 'flow')}
+
+
+def test_rows_are_written_as_they_come(store, tmp_path, monkeypatch):
+    def rows(*_, **__):
+        yield bench.result('loader', 'first', 1, 'clips/s', [1.0])
+        yield bench.result('loader', 'second', 1, 'clips/s', [1.0])
+        raise KeyboardInterrupt
+    monkeypatch.setattr(bench, 'bench_loader', rows)
+    with pytest.raises(KeyboardInterrupt): bench.run(['loader'], store, output=tmp_path/'rows.json')
+    written = json.loads((tmp_path/'rows.json').read_text())
+    assert [row['name'] for row in written['rows']] == ['first', 'second'] and written['machine']['cores'] >= 1
 
 
 def measured(part, value, name='', **settings):
@@ -97,7 +132,7 @@ def measured(part, value, name='', **settings):
 def test_beside_the_released_code(capsys):
     shape = dict(backbone='s3d', clip='32×128×128')
     rows = [measured('step', 460., 's3d cross', kind='cross', **shape), measured('step', 900., 's3d single', kind='single', **shape), measured('step', 5., 'tiny', kind='cross', backbone='small', clip='8×32×32'),
-            measured('epoch', 195., 's3d cross', kind='cross', **shape), measured('epoch', 390., 's3d single', kind='single', **shape), measured('loader', 78., 'workers 16', streams='rgb,flow', clip_length=32, workers=16)]
+            measured('epoch', 195., 's3d cross', kind='cross', **shape), measured('epoch', 390., 's3d single', kind='single', **shape), measured('loader', 78., 'workers 16', streams='rgb,flow', clip_length=32, workers=16, size='240×320')]
     table = pd.DataFrame(rows)
     table.attrs['machine'] = dict(gpu='a GPU', cores=16)
     beside = bench.beside_released(table, bench.released_speeds(RESULTS/'released_speed.csv')).set_index(['part', 'what'])
@@ -106,9 +141,11 @@ def test_beside_the_released_code(capsys):
     assert own['times the released code'].to_dict() == {('loader', 'vicc, workers 16'): '2', ('step', 'vicc, s3d cross'): '4', ('epoch', 'vicc, s3d cross'): '5'}
     bench.show_report(table)
     printed = capsys.readouterr().out
-    assert 'Beside the released code' in printed and 'vicc, workers 16' in printed and 'ucf101_s3d' in printed and 'Kinetics-400' in printed
+    assert 'Beside the released code' in printed and 'vicc, workers 16' in printed and 'python -m vicc.bench epoch --recipe nbs/recipes/ucf101_s3d.yaml' in printed and 'Hours' not in printed
+    bench.show_report(table.iloc[[5]])
+    assert 'Hours' not in capsys.readouterr().out  # a loader alone
     bench.show_report(table.iloc[[2]])
-    assert 'Beside' not in (printed := capsys.readouterr().out) and 'Hours' not in printed
+    assert 'Beside' not in (printed := capsys.readouterr().out) and 'Hours' not in printed and all(path.stem in printed.split('Not measured as they train: ')[1] for path in RECIPES)
 
 
 def test_every_released_speed_says_where_it_comes_from():
@@ -116,18 +153,46 @@ def test_every_released_speed_says_where_it_comes_from():
     assert released.source.str.startswith('measured by us').all() and (released.machine == 'one H100, 16 cores').all() and (released.low <= released.high).all()
 
 
-def test_hours_of_recipes():
-    shape = dict(backbone='s3d', clip='32×128×128')
-    steps = pd.DataFrame([measured('step', 100., kind='single', **shape), measured('step', 50., kind='cross', **shape)])
-    hours = bench.recipe_hours(steps, RECIPES[0].parent).set_index('data')
-    assert hours.recipe.tolist() == ['ucf101_s3d']*2 and hours['from'].tolist() == ['step']*2
-    assert np.isclose(hours['whole recipe [h]']['UCF101 split 1'], (600*9504/100 + 400*9528/50)/3600) and np.isnan(hours['whole recipe [h]']['Kinetics-400'])
-    assert np.isclose(hours['epoch of single [h]']['Kinetics-400'], 240_000/100/3600)
-    assert bench.recipe_hours(steps.head(1), RECIPES[0].parent).empty  # no cross-stream speed
+def as_trained(path, **speeds):
+    "Rows of steps as a recipe makes them."
+    recipe = Recipe.read(path)
+    shape = dict(backbone=recipe.backbone, clip=f'{recipe.clip_length}×{recipe.view_size}×{recipe.view_size}', precision=recipe.mixed_precision, compiled=recipe.compile, size=f'{recipe.short_side}×{recipe.short_side*4//3}',
+                 **(dict(options=recipe.backbone_options) if recipe.backbone_options else {}))
+    return [measured('step', speed, kind=kind, batch_size=getattr(recipe, f'{kind}_batch_size'), **shape) for kind, speed in speeds.items()]
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+def test_hours_of_recipes(path):
+    steps = pd.DataFrame(as_trained(path, single=100., cross=50.))
+    hours = bench.recipe_hours(steps, path).iloc[0]
+    recipe, (data, videos) = Recipe.read(path), bench.DATA_SETS[path.stem.split('_')[0]]
+    assert (hours.recipe, hours['data'], hours['from'], hours.processes) == (path.stem, data, 'step', 1)
+    assert np.isclose(hours['whole recipe [h]'], bench.hours_needed(recipe, videos, dict(single=100, cross=50)))
+    one = bench.recipe_hours(steps.head(1), path).iloc[0]  # no cross-stream speed
+    assert np.isnan(one['whole recipe [h]']) and one['epoch of single [h]'] == hours['epoch of single [h]'] and f'--recipe nbs/recipes/{path.name}' in one['from']
+    assert bench.recipe_hours(pd.DataFrame(as_trained(path, single=1., cross=1.)).assign(part='epoch'), path)['from'][0] == 'epoch'
+
+
+@pytest.mark.parametrize('change', [dict(batch_size=1), dict(precision='fp16'), dict(compiled=False), dict(clip='16×112×112'), dict(views='made before'), dict(options=dict(width=4))], ids=str)
+def test_no_hours_from_other_speeds(change):
+    path = RECIPES[0].with_name('ucf101_s3d.yaml')
+    rows = [{**row, 'settings': {**row['settings'], **change}} for row in as_trained(path, single=100., cross=50.)]
+    assert bench.recipe_hours(pd.DataFrame(rows), path)['from'][0].startswith('not measured: python')
+
+
+def test_measuring_for_a_recipe(store, capsys, tmp_path):
+    recipe = Recipe.read(RECIPES[0].with_name('demo.yaml'), backbone_options=dict(width=4), single_batch_size=2, cross_batch_size=1, num_prototypes=6)
+    recipe.write(tmp_path/'demo_tiny.yaml')
+    bench.main(['step', '--recipe', str(tmp_path/'demo_tiny.yaml'), '--repeats', '1', '--store', str(store.path), '--device', 'cpu', '--output', str(tmp_path/'rows.json'), '--processes', '2'])
+    rows = json.loads((tmp_path/'rows.json').read_text())['rows']
+    assert [(row['settings']['batch_size'], row['settings']['options']) for row in rows] == [(2, dict(width=4))]*2 + [(1, dict(width=4))]*2
+    hours = bench.recipe_hours(pd.DataFrame(rows), tmp_path/'demo_tiny.yaml', 2)
+    assert hours['whole recipe [h]'][0] > 0 and hours.batch[0] == '2 and 1'
+    assert 'on 2 such processes' in (printed := capsys.readouterr().out) and 'demo_tiny' in printed and 'ucf101' not in printed and 'Not measured' not in printed
 
 
 def test_one_worker_more_reads_the_same_number_of_rounds(one_second, store):
-    rows = bench.bench_loader(store, workers=(2,), streams=('rgb',), batch_size=1, clip_length=4, repeats=1)
+    rows = [*bench.bench_loader(store, workers=(2,), streams=('rgb',), batch_size=1, clip_length=4, repeats=1)]
     assert rows[-1]['value'] == 4  # two rounds of two workers
 
 
@@ -180,7 +245,7 @@ def test_command_refuses(words, message, capsys):
 def test_help(capsys):
     with pytest.raises(SystemExit) as ended: bench.main(['--help'])
     text = capsys.readouterr().out
-    assert ended.value.code == 0 and all(f'--{name}' in text for name in ('videos', 'true-flow', 'output', 'quick', 'device', 'precision', 'backbones', 'batch-size', 'view-size', 'workers', 'store', 'threads', 'seconds', 'steps'))
+    assert ended.value.code == 0 and all(f'--{name}' in text for name in ('videos', 'true-flow', 'output', 'quick', 'device', 'precision', 'backbones', 'batch-size', 'view-size', 'workers', 'store', 'threads', 'seconds', 'steps', 'recipe', 'processes', 'pairs', 'no-compiled'))
 
 
 def test_small_store_is_a_store(store):
@@ -199,3 +264,49 @@ def test_profile_notebook(tmp_path):
     parts = table.set_index(['step', 'part']).ms_per_step
     assert parts['single', 'frozen stream'] == 0 and all(parts['cross', name] > 0 for name in ('read clips', 'pack batch', 'views', 'frozen stream', 'forward', 'backward', 'optimiser', 'Sinkhorn and loss'))
     assert {path.name for path in (tmp_path/'out').iterdir()} == {'profile.png', 'operators.csv', 'loading.csv'}
+
+
+def measure_gpu(phase, folder, **environment):
+    "Call the script in tiny shapes on the CPU. It lives in the repository alone."
+    if not SCRIPT.is_file() or shutil.which('bash') is None: pytest.skip('no script, or no bash')
+    values = {**os.environ, 'WORK': str(folder/'work'), 'PYTHON': sys.executable, 'DEVICE': 'cpu', 'QUICK': '1', **environment}
+    return subprocess.run(['bash', SCRIPT, phase, '-', folder/'out'], env=values, cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=120)
+
+
+def test_commands_of_the_gpu_script(tmp_path, capsys):
+    printed = measure_gpu('all', tmp_path, DRY='1', QUICK='').stdout.splitlines()
+    parts = {name: shlex.split(command) for name, command in (line.split(': ', 1) for line in printed)}
+    assert not list(tmp_path.iterdir()) and {'step', 'epoch_240', 'epoch_160', 'step_64', 'step_r21d', 'evaluation', 'flow', 'tests', 'paper_train', 'paper_notebook'} <= set(parts)
+    helped = {}
+    for module in (alternation, evaluation, prepare):
+        with pytest.raises(SystemExit): module.main(['--help'])
+        helped[module.__name__] = capsys.readouterr().out
+    for name, words in parts.items():
+        if words[1:3] == ['-m', 'vicc.bench']:
+            values = vars(bench.words(words[3:]))
+            bench.BenchSettings(**{field: values[field] for field in bench.BenchSettings.__dataclass_fields__ if field in values})
+            assert values['parts'][0] in name or name.startswith('step') and values['parts'] == ['step'], name
+            assert set(values['parts']) <= set(bench.PARTS) and values['output'].name == f'{name}.json'
+        elif words[1] == '-m' and words[2] in helped: assert all(word in helped[words[2]] for word in words if word.startswith('--')), name
+
+
+def test_the_gpu_script_goes_on_after_a_failure(tmp_path):
+    stub = tmp_path/'stub'
+    stub.write_text('#!/bin/sh\n[ "$1" = - ] && cat > /dev/null\ncase "$*" in *loader*) echo so it is; exit 3;; esac\nmkdir -p "$TORCHINDUCTOR_CACHE_DIR"\n')
+    stub.chmod(0o755)
+    first = measure_gpu('train', tmp_path, PYTHON=str(stub))
+    assert first.returncode == 0 and 'loader_240 FAILED' in first.stdout and 'so it is' in first.stdout and 'step FAILED' not in first.stdout
+    with tarfile.open(tmp_path/'out'/'train.tar.gz') as kept: names = {name.removeprefix('./') for name in kept.getnames()}
+    assert {'machine.txt', 'compile.done', 'step.done', 'epoch_160.done', 'loader_240.txt'} <= names and 'loader_240.done' not in names
+    assert {path.name for path in (tmp_path/'out').iterdir()} == {'train.tar.gz', 'compiled.tar.gz.0'}
+    again = measure_gpu('train', tmp_path, PYTHON=str(stub), LIMIT='5').stdout
+    assert 'step was done before' in again and 'no time left for loader_240: call the phase again' in again
+    assert measure_gpu('tests', tmp_path).returncode == 2
+
+
+def test_data_of_the_gpu_script(tmp_path):
+    assert 'FAILED' not in (said := measure_gpu('data', tmp_path)).stdout, said.stdout
+    place = tmp_path/'work'/'paper'
+    recipe, made = Recipe.read(place/'recipe.yaml'), Store(place/'run'/'store')
+    recipe.check_store(made)
+    assert len(made.manifest) == 16 and recipe.plan()

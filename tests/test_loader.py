@@ -2,6 +2,8 @@
 import multiprocessing
 import os
 import shutil
+import time
+import warnings
 
 import numpy as np
 import pytest
@@ -86,6 +88,78 @@ def test_a_killed_worker_costs_nothing_but_time(store):
     lines = []
     killed, batches = served(store, 2, log=lines, kill=(1,))
     assert killed == quiet and batches.restarts == 1 and 'a reading process died' in lines[0]
+
+class HangsOnce(TwoStreamClips):
+    "Waits for ever when it reads one video for the first time, as for a disk that does not answer."
+    def read(self, number, rng):
+        flag = self.frames.store.path/'hung'
+        if number == 7 and not flag.exists():
+            flag.touch()
+            time.sleep(600)
+        return super().read(number, rng)
+
+def test_a_hanging_worker_costs_nothing_but_time(store):
+    quiet, _ = served(store, 0)
+    loader, lines, begun = training_loader(HangsOnce(store, clip_length=6, views=VIEWS, cache_gib=0), 2, 2, timeout=1), [], time.monotonic()
+    set_epoch(loader, 1)
+    batches = epoch_batches(loader, log=lines.append)
+    assert [facts(batch) for batch in batches] == quiet and batches.restarts == 1
+    assert lines == [f'a reading process hangs (DataLoader timed out after 1 seconds): starting again at batch {lines[0].split()[-1]}'] and time.monotonic() - begun < 30
+    assert not multiprocessing.active_children()
+    (store.path/'hung').unlink()
+    set_epoch(loader, 1)
+    with pytest.raises(RuntimeError, match='timed out after 1 seconds'): list(epoch_batches(loader, restarts=0))
+
+def test_a_slow_reader_is_not_taken_for_a_hanging_one(store, monkeypatch):
+    loader = training_loader(dataset(store), 2, 1)
+    assert loader.timeout == 600 and training_loader(dataset(store, cache_gib=1.), 2, 1).timeout == 0
+    begin = loader.begin
+    monkeypatch.setattr(loader, 'begin', lambda: begin(look=.001))  # no batch comes within a look
+    set_epoch(loader, 1)
+    assert [facts(batch) for batch in epoch_batches(loader)] == served(store, 0)[0] and loader.timeout == 600
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != 'fork', reason='what a test replaces reaches workers by forking only')
+def test_a_file_is_hashed_once_for_all_workers(store, tmp_path, monkeypatch):
+    hashed, look = tmp_path/'hashed.txt', vicc.data.file_facts
+    def noted(file):
+        with open(hashed, 'a') as lines: lines.write(f'{os.getpid()} {file}\n')
+        return look(file)
+    monkeypatch.setattr(vicc.data, 'file_facts', noted)
+    loader = training_loader(dataset(store), 2, 2)
+    for epoch in range(3):  # each with new workers
+        set_epoch(loader, epoch)
+        assert len(list(epoch_batches(loader))) == 8
+    processes, files = zip(*(line.split(' ', 1) for line in hashed.read_text().splitlines()))
+    assert len(files) == len(set(files)) == 16*2 and len(set(processes)) == 2 and os.getpid() not in map(int, processes)
+    name, frames = damage(store, 3), loader.dataset.frames
+    assert frames.sound(name, 'rgb').exists()  # found sound before
+    with pytest.raises(vicc.data.VideoError, match='its checksum is another'): dataset(store).frames.sound(name, 'rgb')
+
+def test_too_little_shared_memory_is_told_before_workers_start(store, monkeypatch):
+    free, looked = [0], []
+    def statvfs(path):
+        looked.append(path)
+        return os.statvfs_result((1, 1, 2*free[0], 2*free[0], free[0], 0, 0, 0, 0, 255))
+    data = dataset(store)
+    expected = 2*2*4*data.expected_bytes()
+    whole = sum(len(collate([dataset(store, cut=False)[sample]])[stream].data) for stream in STREAMS for sample in range(16))/16
+    measured = sum(len(collate([data[sample]])[stream].data) for stream in STREAMS for sample in range(16))/16
+    assert data.expected_bytes() == pytest.approx(measured) and dataset(store, cut=False).expected_bytes() == pytest.approx(whole)
+    monkeypatch.setattr(os, 'statvfs', statvfs)
+    free[0] = int(.4*expected)
+    with pytest.raises(ValueError, match=r'2 reading processes with batches of 4 need about .* GB of shared memory.*--shm-size'): next(iter(training_loader(data, 4, 2)))
+    assert not multiprocessing.active_children()
+    free[0] = int(.6*expected)
+    with pytest.warns(UserWarning, match='lower workers or batch_size'): assert len(list(epoch_batches(training_loader(data, 4, 2)))) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert len(list(training_loader(data, 4, 0))) == 4 and len(looked) == 2  # without workers nobody looks
+        free[0] = int(expected) + 1
+        assert len(list(epoch_batches(training_loader(data, 4, 2)))) == 4
+        data.streams = ('rgb',)  # as a stage of one stream has it
+        assert data.expected_bytes() == pytest.approx(expected/16*1.5/3.5)
+        monkeypatch.delattr(os, 'statvfs')  # no such thing on this system
+        assert len(list(epoch_batches(training_loader(data, 4, 1)))) == 4
 
 def test_too_many_dead_workers_end_the_epoch(store):
     with pytest.raises((RuntimeError, OSError, EOFError)): served(store, 1, kill=(0,), restarts=0)

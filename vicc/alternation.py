@@ -7,7 +7,7 @@ __all__ = ['UPKEEP', 'LEAST', 'MOST', 'FREE_VALUES', 'CHANGEABLE_VALUES', 'DataV
            'LaterValues', 'Recipe', 'suggestion', 'check_ranges', 'number_in', 'checked_value', 'PlannedStage',
            'plan_stages', 'find_project', 'refuse_unknown_parameters', 'new_streams', 'stage_folder', 'changed_values',
            'open_run', 'read_table', 'claim_videos', 'claim_method', 'online_split', 'read_history', 'finish_stage',
-           'changes_text', 'write_facts', 'alternate', 'main', 'launch']
+           'changes_text', 'write_facts', 'check_start', 'alternate', 'main', 'launch']
 
 # %% ../nbs/13_alternation.ipynb #f6cc37b5
 import argparse
@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import timedelta
-from errno import ENOENT
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from accelerate.utils import str_to_bool
 
 from .augment import ViewSettings
 from .data import TestClips, TwoStreamClips
-from .files import AGAIN, StorageError, folder_lock, save_text
+from .files import folder_lock, gone, save_text
 from .manifests import read_manifest, read_rows, split_manifest
 from .prepare import PrepareSettings, STREAMS, Store, cores, prepare
 from .processes import Stopped, meet_again, stop_on_signals, wait_at_most
@@ -446,6 +445,16 @@ def write_facts(
     for name, stream in streams.items(): save_stream(stream, folder/'stages'/'random'/name)
 
 # %% ../nbs/13_alternation.ipynb #b1ade640
+def check_start(
+    method: Method,  # what happens in a stage
+    train: Sequence[str],  # streams to train
+    accelerator: Accelerator,  # device and precision
+) -> None:
+    "Raises ValueError for what cannot work, before any work."
+    if method.taught and set(train) != set(STREAMS): raise ValueError(f'{method.name} teaches each stream by the other: train both')
+    if accelerator.mixed_precision == 'bf16' and accelerator.device.type == 'cuda' and torch.cuda.get_device_capability(accelerator.device) < (8, 0): raise ValueError('this GPU cannot compute in bf16: use mixed_precision=fp16')
+
+# %% ../nbs/13_alternation.ipynb #4deb86b1
 def alternate(
     recipe: Recipe,  # every value
     store: Store,  # prepared videos
@@ -460,8 +469,7 @@ def alternate(
 ) -> pd.DataFrame:  # the history: a row for every epoch of every stage
     "Train the streams as the recipe says, or go on with it. Raises ValueError for another recipe in the folder, a store made with other settings, or a second run in the same folder; Stopped (exit code 143) on SIGTERM."
     folder, accelerator = Path(folder), accelerator or Accelerator(mixed_precision=recipe.mixed_precision)
-    if method.taught and set(train) != set(STREAMS): raise ValueError(f'{method.name} teaches each stream by the other: train both')
-    if accelerator.mixed_precision == 'bf16' and accelerator.device.type == 'cuda' and torch.cuda.get_device_capability(accelerator.device) < (8, 0): raise ValueError('this GPU cannot compute in bf16: use mixed_precision=fp16')
+    check_start(method, train, accelerator)
     recipe.check_store(store)
     watcher = Watcher(folder, recipe.upkeep(), asdict(recipe))
     with folder_lock(folder) if accelerator.is_main_process else nullcontext(), stop_on_signals() as request:
@@ -471,7 +479,7 @@ def alternate(
         write_facts(recipe, folder, streams, dataset.rows, method, accelerator)
         for number, stage in enumerate(recipe.plan()):
             place = stage_folder(folder, number, stage)
-            if accelerator.is_main_process and not (folder/'recipe.yaml').is_file(): raise StorageError(ENOENT, f'{folder} is not there any more: was a disk or a network mount taken away? Bring it back, {AGAIN}')
+            if accelerator.is_main_process and not (folder/'recipe.yaml').is_file(): raise gone(f'{folder} is not there any more')
             if stage.name not in train: continue
             if (place/'stream').is_dir() and (place/'history.csv').is_file():
                 streams[stage.name] = load_stream(place/'stream')

@@ -7,9 +7,9 @@ __all__ = ['STORE_METHODS', 'PRESETS', 'STREAMS', 'CHECKSUMS', 'FACTS', 'Prepare
            'stack_flow', 'unstack_flow', 'timed', 'flow_of_block', 'flow_blocks', 'flow_pictures', 'stored_facts',
            'make_video', 'prepare_video', 'checksums', 'note_of', 'read_record', 'read_settings', 'read_checksums',
            'rows_in_store', 'changed_files', 'Store', 'sweep', 'at_work', 'choose_device', 'gpu_of_worker',
-           'check_settings', 'open_folder', 'prepare_task', 'found_before', 'run_tasks', 'run_here', 'check_mount',
-           'Progress', 'reason', 'report_of', 'report_lines', 'shard_from_environment', 'part_file', 'write_part',
-           'read_parts', 'check_request', 'task_of', 'cores', 'prepare', 'conclude', 'finish', 'main']
+           'package_version', 'check_settings', 'open_folder', 'prepare_task', 'found_before', 'run_tasks', 'run_here',
+           'check_mount', 'Progress', 'reason', 'report_of', 'report_lines', 'shard_from_environment', 'part_file',
+           'write_part', 'read_parts', 'check_request', 'task_of', 'cores', 'prepare', 'conclude', 'finish', 'main']
 
 # %% ../nbs/04_prepare.ipynb #38004f08
 import argparse
@@ -24,7 +24,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from errno import ENOENT
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from multiprocessing import current_process
 from pathlib import Path, PurePosixPath
@@ -408,6 +408,14 @@ def gpu_of_worker(
     number = int(os.environ['LOCAL_RANK']) if 'LOCAL_RANK' in os.environ else sum(current_process()._identity)
     return f'cuda:{number % torch.cuda.device_count()}'
 
+# %% ../nbs/04_prepare.ipynb #461e2394
+def package_version(
+    name: str,  # as it is called in a package index
+) -> str | None:  # None: it is not installed
+    "The version of an installed package."
+    try: return version(name)
+    except PackageNotFoundError: return cv2.__version__ if name.startswith('opencv') else None
+
 # %% ../nbs/04_prepare.ipynb #4ffe1894
 def check_settings(
     store: Path,  # the store's folder
@@ -429,7 +437,7 @@ def open_folder(
     "Claim a folder for a store with these settings. Raises ValueError if it holds a store with others."
     record = check_settings(store, settings)
     store.mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in ('av', 'opencv-contrib-python-headless', 'numpy')}
+    versions = {name: package_version(name) for name in ('av', 'opencv-contrib-python-headless', 'numpy')}
     made_by = sorted({*record.get('flow_made_by', []), *([backend] if backend else [])})
     wanted = dict(settings=asdict(settings), hash=settings.hash, versions=versions) | record | dict(flow_made_by=made_by)
     if wanted != record: save_text(store/'settings.json', json.dumps(wanted, indent=2))

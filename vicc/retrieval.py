@@ -9,7 +9,6 @@ __all__ = ['PRECISIONS', 'centre', 'cosine_similarity', 'nearest_neighbours', 'r
            'chance_recall', 'OnlineRetrieval']
 
 # %% ../nbs/11b_retrieval.ipynb #ceb8cf6d
-import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader, Subset
 
 from .augment import ViewSettings, apply_view
 from .data import TestClips, TestVideos
-from .fast import fold_batch_norm, make_fast, make_plain
+from .fast import frozen_copy, make_fast
 from .files import explained, write_whole
 from .progress import progress
 from .streams import Stream
@@ -144,10 +143,10 @@ def evaluation_copy(
     network: nn.Module,  # a stream or a classifier, on its device
 ) -> nn.Module:  # in eval mode, without gradients
     "A copy that computes the same to rounding, faster. Where batch norm cannot be folded, it stays."
-    try: frozen = fold_batch_norm(network)
-    except ValueError: frozen = copy.deepcopy(network).eval().requires_grad_(False)
-    on_cpu = next(frozen.parameters()).device.type == 'cpu'
-    return (make_fast if on_cpu else make_plain)(frozen.to(memory_format=torch.channels_last_3d))
+    frozen = frozen_copy(network)
+    for layer in frozen.modules():
+        if isinstance(layer, nn.MaxPool3d): make_fast(layer)  # on a CPU they are already
+    return frozen
 
 def view_batches(
     views: Iterator[tuple[Tensor, int]],  # [3, T, h, w] and the number of its video
@@ -331,6 +330,7 @@ class OnlineRetrieval:
     crop: int | None = 224  # side of the centred square; None: the largest that fits
     flow_as_image: bool = False  # as in training
     workers: int = 0  # reading processes
+    precision: str = 'no'  # 'no' (float32), 'bf16' or 'fp16'
 
     def __post_init__(self):
         if self.every < 1: raise ValueError(f'every={self.every}: give at least 1 epoch')
@@ -349,6 +349,6 @@ class OnlineRetrieval:
     ) -> float:  # share of the queries, 0–1
         "R@1 of the stream."
         encoder, device = evaluation_copy(stream.eval()), stream.prototypes.weight.device
-        sets = [(extract_features(encoder.features, clips, self.size, self.crop, device=device, workers=self.workers, flow_as_image=self.flow_as_image),
+        sets = [(extract_features(encoder.features, clips, self.size, self.crop, device=device, workers=self.workers, flow_as_image=self.flow_as_image, precision=self.precision),
                  torch.tensor(clips.kept_rows().label.to_numpy())) for clips in (self.queries[name], self.gallery[name])]
         return retrieval_recall(*sets[0], *sets[1], ks=(1,))[1]

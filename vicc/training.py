@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'TIMING', 'LOOK', 'Upkeep', 'Begun', 'save_checkpoint', 'adopt', 'load_checkpoint', 'Watcher',
-           'collapsed', 'check_collapse', 'finite', 'Keeper', 'videos_hash', 'epoch_line', 'seeded', 'gpu_mark',
-           'WaitClock', 'loader_line', 'train_epoch', 'train_one', 'memory_advice', 'stage_facts', 'stage_loader',
-           'check_stage', 'compile_stage', 'train_stage']
+           'collapsed', 'check_collapse', 'finite', 'Pace', 'bad_loss', 'Keeper', 'videos_hash', 'epoch_line', 'seeded',
+           'gpu_mark', 'WaitClock', 'loader_line', 'train_epoch', 'train_one', 'memory_advice', 'stage_facts',
+           'stage_loader', 'check_stage', 'compile_stage', 'train_stage']
 
 # %% ../nbs/12_training.ipynb #39c18bcc
 import hashlib
@@ -216,6 +216,38 @@ def finite(
 LOOK = 5.0  # seconds, at most, in which several processes agree whether to stop
 
 @dataclass
+class Pace:
+    "When to look, for several processes: all decide the same, since all know the same."
+    most: int  # steps from one look to the next, at most
+    looked: tuple[float, int] = (0., 0)  # when the last look was (seconds), and after which step
+    next_look: int = 1  # after which step
+
+    def due(self, step: int) -> bool:
+        "Whether it is time."
+        if step < self.looked[1]: self.looked, self.next_look = (0., 0), step  # a new epoch
+        return step >= self.next_look
+
+    def measured(self, step: int) -> float:
+        "Seconds a step of this process since the last look; 0 at the first of an epoch."
+        now, (then, last) = time.monotonic(), self.looked
+        self.looked = now, step
+        return (now - then)/(step - last) if then and step > last else 0.
+
+    def agree(self, step: int, pace: float) -> None:
+        "Choose the next step to look after, by the mean of what all processes measured."
+        self.next_look = step + (max(1, min(self.most, int(LOOK/pace))) if pace else 1)
+
+# %% ../nbs/12_training.ipynb #92710bb8
+def bad_loss(
+    keeper: 'Keeper',  # that found it
+    epoch: int,  # counted from 0
+) -> ValueError:  # to be raised
+    "What to do about a loss, or a weight, that is not a number."
+    return ValueError(f'{keeper.facts["title"]}: the loss or a weight of epoch {epoch + 1} is infinite or not a number: lower the learning rate ({keeper.stage.settings.learning_rate}) or use '
+                      f'mixed_precision bf16 or no. With accept_changes the same folder goes on with them from the last good checkpoint, in {keeper.folder}')
+
+# %% ../nbs/12_training.ipynb #9c069158
+@dataclass
 class Keeper:
     "What happens between steps: look whether all is well, save, stop when asked."
     stage: Stage  # in training
@@ -225,8 +257,8 @@ class Keeper:
     steps: int  # of an epoch
     upkeep: Upkeep  # how often
     request: StopRequest  # from the scheduler
-    looked: tuple[float, int] = (0., 0)  # when the last look was (seconds), and after which step
-    next_look: int = 1  # step, of several processes
+
+    def __post_init__(self): self.pace = Pace(self.upkeep.check_every)
 
     def save(self, begun: Begun | None = None) -> None:
         "A checkpoint of this moment."
@@ -237,31 +269,19 @@ class Keeper:
         "Whether all weights are numbers, and what batch norm remembers. A finite loss can have a gradient that is not, and what is saved must be of use."
         return finite([*self.stage.model.parameters(), *(values for values in self.stage.model.buffers() if values.is_floating_point())])
 
-    def bad_loss(self, epoch: int) -> ValueError:
-        "What to do about a loss, or a weight, that is not a number."
-        return ValueError(f'{self.facts["title"]}: the loss or a weight of epoch {epoch + 1} is infinite or not a number: lower the learning rate ({self.stage.settings.learning_rate}) or use '
-                          f'mixed_precision bf16 or no. With accept_changes the same folder goes on with them from the last good checkpoint, in {self.folder}')
-
     def time_to_look(self, step: int) -> bool:
         "Every `check_every` steps; several processes more often if their steps are slow."
         if self.stage.accelerator.num_processes == 1: return self.request.asked or step % self.upkeep.check_every == 0
-        if step < self.looked[1]: self.looked, self.next_look = (0., 0), step  # a new epoch
-        return step >= self.next_look
-
-    def pace(self, step: int) -> float:
-        "Seconds a step since the last look; 0 at the first of an epoch."
-        now, (then, last) = time.monotonic(), self.looked
-        self.looked = now, step
-        return (now - then)/(step - last) if then and step > last else 0.
+        return self.pace.due(step)
 
     def after_step(self, epoch: int, step: int, meter: Any, begun: Callable[[], Begun]) -> None:
         "To be called after every step but the last of an epoch. Raises ValueError for a loss that is not a number, Stopped if asked to end."
         due = self.upkeep.save_every_steps and step % self.upkeep.save_every_steps == 0
         if not (due or self.time_to_look(step)): return
         accelerator = self.stage.accelerator
-        bad, asked, pace = added_up(accelerator, ~(finite(vars(meter).values()) & self.sound()), self.request.asked, self.pace(step))
-        self.next_look = step + (max(1, min(self.upkeep.check_every, int(LOOK*accelerator.num_processes/pace))) if pace else 1)
-        if bad: raise self.bad_loss(epoch)
+        bad, asked, pace = added_up(accelerator, ~(finite(vars(meter).values()) & self.sound()), self.request.asked, self.pace.measured(step))
+        self.pace.agree(step, pace/accelerator.num_processes)
+        if bad: raise bad_loss(self, epoch)
         if due or asked: self.save(begun())
         if asked: self.leave(f'step {step} of epoch {epoch + 1}')
 
@@ -306,6 +326,7 @@ def seeded(
         torch.manual_seed(int(np.random.SeedSequence((seed, epoch, accelerator.process_index)).generate_state(1)[0]))
         yield
 
+# %% ../nbs/12_training.ipynb #6f1dd4dd
 def gpu_mark() -> Any:  # an event of the GPU
     "A place in the GPU's queue of work; it keeps the time at which the GPU comes by."
     mark = torch.cuda.Event(enable_timing=True)
@@ -397,7 +418,7 @@ def train_one(
     stage, title = keeper.stage, keeper.facts['title']
     set_epoch(loader, epoch)
     numbers = train_epoch(stage, loader, epoch, begun, keeper, log)
-    if anywhere(stage.accelerator, ~keeper.sound() | (not math.isfinite(numbers['loss'])))[0]: raise keeper.bad_loss(epoch)
+    if anywhere(stage.accelerator, ~keeper.sound() | (not math.isfinite(numbers['loss'])))[0]: raise bad_loss(keeper, epoch)
     due = online is not None and stage.accelerator.is_main_process and online.due(epoch + 1, stage.settings.epochs)
     keeper.history.append(dict(stage=title, stream=stage.name, epoch=epoch + 1, ln_k=stage.reference_loss, num_prototypes=len(stage.stream.prototypes.weight), **numbers,
                                online_r1=online(stage.stream, stage.name) if due else math.nan))
@@ -466,6 +487,7 @@ def compile_stage(
     if stage.accelerator.device.type == 'cuda': torch.cuda.synchronize(stage.accelerator.device)
     log(f'{title}: compiled in {duration(time.monotonic() - start)}')
 
+# %% ../nbs/12_training.ipynb #bd897e64
 def train_stage(
     title: str,  # for the log: 'rgb-1', 'rgb-2 cycle 2', …
     name: str,  # stream to optimise: 'rgb' or 'flow'
