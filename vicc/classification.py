@@ -36,6 +36,7 @@ from .manifests import split_manifest
 from .optim import set_learning_rate
 from .prepare import Store
 from .reading import shortened_line, shown
+from .stage import to_device
 from .streams import Stream, load_saved, read_checkpoint, save_stream
 from .training import loader_line, seeded, videos_hash
 from .video import clip_indices, random_clip_start
@@ -406,7 +407,7 @@ def train_epoch(
     sums, batches = torch.zeros(3, device=accelerator.device), epoch_batches(loader, log=tell)  # sums: loss, right answers, clips
     for batch in batches:
         labels = batch['label'].to(accelerator.device, non_blocking=True)
-        clips = batch[dataset.stream].to(accelerator.device, non_blocking=True)[:, 0]
+        clips = to_device(batch[dataset.stream], accelerator.device)[:, 0]
         with accelerator.autocast():
             logits = model(apply_view(clips, batch['views'][0], dataset.views, dataset.stream)).float()
             loss = F.cross_entropy(logits, labels)

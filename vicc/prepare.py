@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from errno import ENOENT
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
@@ -36,10 +35,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .files import AGAIN, HALF_WRITTEN, StorageError, explained, file_facts, lock, save_text
+from .files import HALF_WRITTEN, explained, file_facts, gone, lock, save_text
 from .flow import METHODS, choose_backend, compute_flow, opencv_threads, quantise
 from .isolation import Crew, Limits, WorkerDied, trusted
 from .manifests import check_manifest, read_manifest, read_rows, require_videos, write_manifest
+from .progress import duration
 from .video import VideoError, VideoWriter, decoded_frames, probe, read_frames, to_rgb
 
 # %% ../nbs/04_prepare.ipynb #e58a7ad5
@@ -505,7 +505,7 @@ def check_mount(
 ) -> None:
     "Raises StorageError if not this video is at fault: it is gone, and so are the others."
     if os.path.isfile(source) or any(os.path.isfile(videos/name) for name in islice(names, 20)): return
-    raise StorageError(ENOENT, f'{source} was there when the run began, and is gone with others in {videos}: was a disk or a network mount taken away? Bring it back, {AGAIN}')
+    raise gone(f'{source} was there when the run began, and is gone with others in {videos}')
 
 # %% ../nbs/04_prepare.ipynb #2736f776
 class Progress:
@@ -535,7 +535,7 @@ class Progress:
         self.said, rate, usual = now, self.made/(now - self.start), float(np.mean(self.frames or [0]))
         left = sum(frames or usual for frames in self.waiting.values())
         self.log(f'prepared {self.total - len(self.waiting)} of {self.total} videos, {self.failed} set aside, {rate:.0f} frames/s'
-                 + (f', {left/rate:.0f} s left' if rate else ''))
+                 + (f', {duration(left/rate)} left' if rate else ''))
 
 # %% ../nbs/04_prepare.ipynb #f9d5d06b
 def reason(
