@@ -99,8 +99,8 @@ def checkpoint_folders(
 def remove_checkpoint(
     folder: Path,  # of one checkpoint
 ) -> None:
-    "Delete a checkpoint, its index first."
-    (folder/INDEX).unlink(missing_ok=True)
+    "Delete a checkpoint, its index first. Raises StorageError where that may not be done."
+    with explained(folder): (folder/INDEX).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 def write_checkpoint(

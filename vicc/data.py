@@ -358,6 +358,7 @@ class DrawnVideos(Dataset):
         self.cut, self.attempts = cut, attempts
         self.rows = (store.manifest if rows is None else rows).reset_index(drop=True)
         if self.rows.empty: raise ValueError('no videos to train on: the manifest is empty')
+        self.facts = [(video, int(count), int(height), int(width)) for video, count, height, width in zip(*(self.rows[name] for name in ('video', 'num_frames', 'height', 'width')))]  # a row of a table takes longer to look up than a clip to draw
         self.clip_length, self.stride, self.views, self.seed, self.epoch = clip_length, stride, views, seed, 0
         self.frames, self.streams = Frames(store, self.rows, streams, cache_gib), tuple(streams)  # `streams` may be narrowed for a stage that needs one
 
@@ -421,8 +422,7 @@ class TwoStreamClips(RandomClips):
         rng: np.random.Generator,  # gives all choices
     ) -> tuple[list[int], list[Box], list[dict[str, np.ndarray]]]:  # of both views: where the clip starts, what is cut out of its frames, and the choices
         "Draw a sample of a video."
-        row = self.rows.iloc[number]
-        count, height, width = int(row.num_frames), int(row.height), int(row.width)
+        _, count, height, width = self.facts[number]
         one_clip, views = draw_pair(self.views, height, width, rng)
         starts = [random_clip_start(count, self.clip_length, rng, self.stride) for _ in views]
         if one_clip: starts[1] = starts[0]
@@ -435,13 +435,13 @@ class TwoStreamClips(RandomClips):
         rng: np.random.Generator,  # gives all choices
     ) -> dict[str, Any]:  # 'rgb', 'flow': two RawClips; 'views': two dicts; 'starts' [2], 'corners' [2, 2], 'sample'
         "Draw a sample of a video, and read it."
-        row, (starts, boxes, views) = self.rows.iloc[number], self.draw(number, rng)
+        (video, count, *_), (starts, boxes, views) = self.facts[number], self.draw(number, rng)
         corners = np.array([box[:2] for box in boxes])
         moved = [{**view, 'box': view['box'] - np.array([*corner, 0, 0], view['box'].dtype)} for view, corner in zip(views, corners)]
         item: dict[str, Any] = dict(sample=number, starts=np.array(starts), corners=corners, views=moved)
-        wanted = [(clip_indices(int(row.num_frames), self.clip_length, start, self.stride), box) for start, box in zip(starts, boxes)]
+        wanted = [(clip_indices(count, self.clip_length, start, self.stride), box) for start, box in zip(starts, boxes)]
         for stream in self.streams:
-            clips = self.frames.clips(row.video, stream, wanted[:1] if starts[0] == starts[1] else wanted)
+            clips = self.frames.clips(video, stream, wanted[:1] if starts[0] == starts[1] else wanted)
             item[stream] = [clips[0], clips[-1]]
         return item
 
@@ -471,7 +471,7 @@ def collate(
     for key, value in items[0].items():
         values = [item[key] for item in items]
         if key in STREAMS: batch[key] = pack_clips(values, {'rgb': 3, 'flow': 2}[key]) if isinstance(values[0], list) else pad_frames(values)
-        elif key == 'views': batch[key] = [default_collate(list(views)) for views in zip(*values)]
+        elif key == 'views': batch[key] = [{name: torch.from_numpy(np.stack([view[name] for view in views])) for name in views[0]} for views in zip(*values)]
         elif key == 'replaced': batch[key] = [one for value in values for one in value]
         else: batch[key] = default_collate(values)
     return batch
