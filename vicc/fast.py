@@ -10,6 +10,7 @@ __all__ = ['FAST', 'NORM_AFTER', 'as_2d_convolution', 'space_to_depth_convolutio
 # %% ../nbs/10b_fast.ipynb #dd154cf1
 import copy
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,8 +157,9 @@ def frozen_copy(
 
 # %% ../nbs/10b_fast.ipynb #41ed17d0
 def compiler_cache() -> str:  # a folder
-    "Where compiled code is kept from run to run: `TORCHINDUCTOR_CACHE_DIR`, which is set if it was not."
-    if 'TORCHINDUCTOR_CACHE_DIR' not in os.environ:
+    "Where compiled code is kept from run to run: `TORCHINDUCTOR_CACHE_DIR`, which is set if nobody but PyTorch has done so (it does when it is imported)."
+    pytorchs = str(Path(tempfile.gettempdir())/'torchinductor_')  # and the name of the user
+    if os.environ.get('TORCHINDUCTOR_CACHE_DIR', pytorchs).startswith(pytorchs):
         folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'vicc'/'compiled'
         try: folder.mkdir(parents=True, exist_ok=True)
         except OSError: return 'a folder of PyTorch'  # no home to write to

@@ -516,9 +516,9 @@ def train_stage(
     if accelerator.is_main_process:
         with explained(folder): Path(folder).mkdir(parents=True, exist_ok=True)
     history, begun = load_checkpoint(stage, Path(folder), facts, accept_changes)
-    if upkeep.compile: compile_stage(stage, title, log if accelerator.is_main_process else lambda line: None)
     if (history or begun) and accelerator.is_main_process: log(f'{title}: going on after epoch {len(history)}{f" and {begun.step} steps" if begun else ""} of {settings.epochs}')
     with nullcontext(request) if request else stop_on_signals() as request, memory_advice(title, settings, dataset), loader.reading_ahead(settings.epochs):
+        if upkeep.compile and len(history) < settings.epochs: compile_stage(stage, title, log if accelerator.is_main_process else lambda line: None)
         keeper, first = Keeper(stage, Path(folder), history, facts, len(loader), upkeep, request), len(history)
         for epoch in range(first, settings.epochs):
             train_one(keeper, loader, epoch, begun if epoch == first else None, online, log)
