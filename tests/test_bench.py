@@ -1,8 +1,6 @@
 "The benchmark's arithmetic, order and messages. Nothing here measures time: the clock is ours."
 import json
-import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,14 +13,16 @@ import papermill
 import pytest
 import torch
 
-from vicc import alternation, bench, evaluation, prepare
+from vicc import alternation, bench, prepare
 from vicc.alternation import Recipe, find_project
 from vicc.prepare import Store
+from vicc.video import write_video
+
 
 NOTEBOOK = find_project(__file__)/'nbs'/'run_profile.ipynb'
 RESULTS = find_project(__file__)/'nbs'/'results'
 RECIPES = sorted((find_project(__file__)/'nbs'/'recipes').glob('*.yaml'))
-SCRIPT = find_project(__file__)/'.ci'/'measure_gpu'
+SCRIPT = find_project(__file__)/'.ci'/'gpu'
 SMALL = dict(batch_size=2, clip_length=8, repeats=2)
 
 
@@ -266,47 +266,36 @@ def test_profile_notebook(tmp_path):
     assert {path.name for path in (tmp_path/'out').iterdir()} == {'profile.png', 'operators.csv', 'loading.csv'}
 
 
-def measure_gpu(phase, folder, **environment):
+def measure_gpu(folder, *words):
     "Call the script in tiny shapes on the CPU. It lives in the repository alone."
-    if not SCRIPT.is_file() or shutil.which('bash') is None: pytest.skip('no script, or no bash')
-    values = {**os.environ, 'WORK': str(folder/'work'), 'PYTHON': sys.executable, 'DEVICE': 'cpu', 'QUICK': '1', **environment}
-    return subprocess.run(['bash', SCRIPT, phase, '-', folder/'out'], env=values, cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=120)
+    if not SCRIPT.is_file(): pytest.skip('no script')
+    command = [sys.executable, SCRIPT, folder/'out', '--data', folder/'data', '--work', folder/'work', '--device', 'cpu', *words]
+    return subprocess.run(list(map(str, command)), cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=200)
 
 
 def test_commands_of_the_gpu_script(tmp_path, capsys):
-    printed = measure_gpu('all', tmp_path, DRY='1', QUICK='').stdout.splitlines()
+    printed = measure_gpu(tmp_path, '--dry').stdout.splitlines()
     parts = {name: shlex.split(command) for name, command in (line.split(': ', 1) for line in printed)}
-    assert not list(tmp_path.iterdir()) and {'step', 'epoch_240', 'epoch_160', 'step_64', 'step_r21d', 'evaluation', 'flow', 'tests', 'paper_train', 'paper_notebook'} <= set(parts)
+    assert not list(tmp_path.iterdir()) and {'compile_1', 'tests', 'step', 'step_no_graphs', 'epoch_240', 'epoch_160', 'flow', 'prepare', 'evaluation', 'train'} <= set(parts)
     helped = {}
-    for module in (alternation, evaluation, prepare):
+    for module in (alternation, prepare):
         with pytest.raises(SystemExit): module.main(['--help'])
         helped[module.__name__] = capsys.readouterr().out
     for name, words in parts.items():
+        words = words[3:] if words[0] == 'nice' else words
         if words[1:3] == ['-m', 'vicc.bench']:
             values = vars(bench.words(words[3:]))
             bench.BenchSettings(**{field: values[field] for field in bench.BenchSettings.__dataclass_fields__ if field in values})
-            assert values['parts'][0] in name or name.startswith('step') and values['parts'] == ['step'], name
             assert set(values['parts']) <= set(bench.PARTS) and values['output'].name == f'{name}.json'
         elif words[1] == '-m' and words[2] in helped: assert all(word in helped[words[2]] for word in words if word.startswith('--')), name
 
 
 def test_the_gpu_script_goes_on_after_a_failure(tmp_path):
-    stub = tmp_path/'stub'
-    stub.write_text('#!/bin/sh\n[ "$1" = - ] && cat > /dev/null\ncase "$*" in *loader*) echo so it is; exit 3;; esac\nmkdir -p "$TORCHINDUCTOR_CACHE_DIR"\n')
-    stub.chmod(0o755)
-    first = measure_gpu('train', tmp_path, PYTHON=str(stub))
-    assert first.returncode == 0 and 'loader_240 FAILED' in first.stdout and 'so it is' in first.stdout and 'step FAILED' not in first.stdout
-    with tarfile.open(tmp_path/'out'/'train.tar.gz') as kept: names = {name.removeprefix('./') for name in kept.getnames()}
-    assert {'machine.txt', 'compile.done', 'step.done', 'epoch_160.done', 'loader_240.txt'} <= names and 'loader_240.done' not in names
-    assert {path.name for path in (tmp_path/'out').iterdir()} == {'train.tar.gz', 'compiled.tar.gz.0'}
-    again = measure_gpu('train', tmp_path, PYTHON=str(stub), LIMIT='5').stdout
-    assert 'step was done before' in again and 'no time left for loader_240: call the phase again' in again
-    assert measure_gpu('tests', tmp_path).returncode == 2
-
-
-def test_data_of_the_gpu_script(tmp_path):
-    assert 'FAILED' not in (said := measure_gpu('data', tmp_path)).stdout, said.stdout
-    place = tmp_path/'work'/'paper'
-    recipe, made = Recipe.read(place/'recipe.yaml'), Store(place/'run'/'store')
-    recipe.check_store(made)
-    assert len(made.manifest) == 16 and recipe.plan()
+    (tmp_path/'data'/'videos').mkdir(parents=True)
+    write_video(tmp_path/'data'/'videos'/'one.mp4', np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), np.uint8))
+    first = measure_gpu(tmp_path, '--quick', '--phases', 'flow')
+    assert '== flow: 2' in first.stdout and 'holds no .flo files' in first.stdout and '== prepare: 0' in first.stdout, first.stdout + first.stderr
+    with tarfile.open(tmp_path/'out'/'gpu.tar.gz') as kept: names = {name.removeprefix('./') for name in kept.getnames()}
+    assert {'flow.txt', 'copies.done', 'prepare.done', 'prepare_report.json'} <= names and 'flow.done' not in names
+    again = measure_gpu(tmp_path, '--quick', '--phases', 'flow', '--seconds', '5').stdout
+    assert 'prepare' not in again and 'no time left for flow: call again' in again

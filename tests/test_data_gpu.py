@@ -18,7 +18,6 @@ triton = pytest.importorskip('triton')
 import vicc.data_gpu  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 SIZES = [[(6, 10)], [(2, 2), (34, 6), (8, 70)], [(16, 16)]*3, [(2, 98), (50, 2)], [(120, 160), (96, 128), (118, 30), (30, 158)]]
 
 
@@ -135,7 +134,7 @@ def test_clips_of_pixels_never_reach_the_kernel(monkeypatch):
     assert lay_out(OnGpu, [planes, pixels], 3) == lay_out(OnGpu, [pixels], 3) == 'plain' and len(asked) == 1
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize('channels', [2, 3])
 @pytest.mark.parametrize('sizes', SIZES + [[(240, 320)]*4])
 def test_gpu_and_cpu_agree(channels, sizes):
@@ -150,7 +149,7 @@ def test_gpu_and_cpu_agree(channels, sizes):
     assert working_kernel('fused_lay_out', torch.device('cuda', torch.cuda.current_device())) is not None
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize('shape', [(5, 3, 2, 1, 1), (9, 3, 4, 128, 128), (5, 3, 3, 70, 66)])
 def test_colours_on_the_gpu_are_those_of_the_cpu(shape):
     working_kernel.cache_clear()
@@ -161,7 +160,7 @@ def test_colours_on_the_gpu_are_those_of_the_cpu(shape):
     assert working_kernel('fused_jitter', torch.device('cuda', torch.cuda.current_device())) is not None
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_nothing_waits_for_the_gpu():
     data, rows = packed(0, [(64, 80), (32, 40)], 3, 4)
     data, chosen = data.cuda(), [part.cuda() for part in jitters((5, 3, 2, 16, 16), .8)]
@@ -171,7 +170,7 @@ def test_nothing_waits_for_the_gpu():
     finally: torch.cuda.set_sync_debug_mode('default')
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_block_beyond_two_gib():
     if torch.cuda.mem_get_info()[0] < 8*2**30: pytest.skip('too little memory')
     data, rows = packed(0, [(64, 80)], 3, 4)

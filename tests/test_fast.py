@@ -15,7 +15,6 @@ from vicc.augment import ViewSettings
 from vicc.stage import Stage, StageSettings
 from vicc.streams import Stream
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 needs_compiler = pytest.mark.skipif(shutil.which('c++') is None, reason='no C++ compiler')
 
 
@@ -26,15 +25,15 @@ def samples(tmp_path_factory):
     return dataset, collate([dataset[number] for number in range(8)])
 
 
-def new_stage(samples, device, compiled, backbone=('small', {'width': 8})):
+def new_stage(samples, device, compiled, backbone=('small', {'width': 8}), precision='no', graphs=True):
     "A cross-stream stage, the same each time."
     AcceleratorState._reset_state(reset_partial_state=True)  # or the device of the first test would be that of all
-    accelerator = Accelerator(cpu=device == 'cpu')
+    accelerator = Accelerator(cpu=device == 'cpu', mixed_precision=precision)
     assert accelerator.device.type == device
     torch.manual_seed(0)
     rgb, flow = (Stream(backbone[0], 8, 16, backbone[1]) for _ in range(2))
     stage = Stage('rgb', rgb, StageSettings(batch_size=8, queue_length=0, optimiser='sgd', learning_rate=0.1, freeze_prototypes_epochs=0), samples[0], accelerator, flow)
-    if compiled: stage.speed_up()
+    if compiled: stage.speed_up(graphs)
     stage.model.train()
     return stage
 
@@ -46,7 +45,7 @@ def one_step(stage, batch):
     return meter.loss.item(), torch.cat([parameter.grad.flatten().float() for parameter in stage.stream.parameters()]).cpu(), {name: value.float().cpu() for name, value in stage.stream.state_dict().items()}
 
 
-@pytest.mark.parametrize('device, count', [pytest.param('cpu', 2, marks=needs_compiler), pytest.param('cuda', 5, marks=needs_gpu)])
+@pytest.mark.parametrize('device, count', [pytest.param('cpu', 2, marks=needs_compiler), pytest.param('cuda', 5, marks=pytest.mark.gpu)])
 def test_compiled_steps_are_the_same(samples, device, count):
     "On a GPU the first steps compile and record, the others are played back. Each begins with the plain path's weights, or rounding would grow from step to step."
     plain, compiled = (new_stage(samples, device, fast) for fast in (False, True))
@@ -60,6 +59,23 @@ def test_compiled_steps_are_the_same(samples, device, count):
     for stage in (plain, compiled): stage.close()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('backbone', [('small', {'width': 8}), ('s3d', {})], ids=['small', 's3d'])
+def test_steps_in_bf16_are_as_near_to_float32_with_and_without_graphs(samples, backbone):
+    "Compiled steps round otherwise than plain ones: their gradients may be no farther from float32's than half as much again."
+    stages = {'float32': new_stage(samples, 'cuda', False, backbone), 'plain': new_stage(samples, 'cuda', False, backbone, 'bf16'),
+              'compiled': new_stage(samples, 'cuda', True, backbone, 'bf16', graphs=False), 'graphs': new_stage(samples, 'cuda', True, backbone, 'bf16')}
+    for number in range(4):  # the first steps compile and record, the last is played back
+        for name in ('plain', 'compiled', 'graphs'): stages[name].stream.load_state_dict(stages['float32'].stream.state_dict())
+        results = {name: one_step(stage, samples[1])[:2] for name, stage in stages.items()}
+        loss, gradients = results['float32']
+        distance = {name: ((own - gradients).norm()/gradients.norm()).item() for name, (_, own) in results.items()}
+        for name in ('compiled', 'graphs'):
+            assert results[name][0] == pytest.approx(loss, rel=5e-2), (name, number)
+            assert distance[name] <= 1.5*distance['plain'] + 1e-2, (number, distance)
+    for stage in stages.values(): stage.close()
+
+
 def test_the_other_stream_and_the_names_stay(samples):
     stream = Stream('small', 8, 16, {'width': 8})
     before, kinds = copy.deepcopy(stream.state_dict()), [type(layer) for layer in stream.modules()]
@@ -71,7 +87,7 @@ def test_the_other_stream_and_the_names_stay(samples):
     assert [type(layer) for layer in make_plain(stream).modules()] == kinds and all(torch.equal(value, before[name]) for name, value in stream.state_dict().items() if 'running' not in name and 'tracked' not in name)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize('name', ['s3d', 'r21d'])
 def test_fast_layers_on_a_gpu(name):
     plain = create_backbone(name).cuda().eval()
@@ -80,7 +96,7 @@ def test_fast_layers_on_a_gpu(name):
     with torch.no_grad(): assert torch.allclose(plain(clips), fast(clips), rtol=1e-2, atol=1e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_results_of_one_step_live_through_it():
     stream = Stream('small', 8, 16, {'width': 8}).cuda().train()
     embed, generator = fast_embed(stream), torch.Generator('cuda').manual_seed(0)

@@ -16,7 +16,6 @@ FLOW = SHARED / 'data' / 'flow'
 UCF101 = SHARED / 'data' / 'official_samples' / 'ucf101' / 'SoccerJuggling'
 needs_flow = pytest.mark.skipif(not FLOW.is_dir(), reason=f'no true flow: {FLOW} is missing')
 needs_video = pytest.mark.skipif(not UCF101.is_dir(), reason=f'no real video: {UCF101} is missing')
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 
 
 @pytest.fixture(autouse=True)
@@ -231,7 +230,7 @@ def test_end_point_error_refuses_what_it_cannot_measure():
     with pytest.raises(ValueError, match='no pixel'): vf.end_point_error(flow, flow, valid=np.zeros((1, 4, 4), bool))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_cuda_gives_the_flow_of_the_cpu():
     previous, following = moving(9, 64, 96, 3, 1)
     on_cpu = vf.tvl1(previous, following, backend='torch')

@@ -13,7 +13,6 @@ from vicc import flow as vf
 
 pytest.importorskip('triton')
 ROOT = Path(__file__).parents[1]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 
 
 def texture(seed, height, width, smooth=1.5):
@@ -53,7 +52,7 @@ def test_kernels_in_the_interpreter():
     assert ran.returncode == 0, ran.stderr
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize('size', [(240, 320), (101, 75), (16, 300)])
 def test_triton_and_torch_agree(size):
     frames = moving(*size, [(1, 2), (0, 0), (3, -1), (6, 2)])
@@ -62,7 +61,7 @@ def test_triton_and_torch_agree(size):
     assert np.abs(fused[1]).max() < 1e-3
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_pair_does_not_depend_on_its_batch_and_repeats_exactly():
     frames = moving(120, 160, [(1, 2), (0, 0), (3, -1), (7, 7), (11, 0)])
     together = vf.tvl1(*frames, device='cuda')
@@ -70,7 +69,7 @@ def test_a_pair_does_not_depend_on_its_batch_and_repeats_exactly():
     assert np.array_equal(together, vf.tvl1(*frames, device='cuda', pairs_at_once=2))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.skipif(not vf.opencv_has_tvl1(), reason='OpenCV without contrib modules')
 def test_agrees_with_opencv():
     frames = moving(240, 320, [(1, 2), (3, -1)])
@@ -78,7 +77,7 @@ def test_agrees_with_opencv():
     assert np.median(distance) <= 0.08 and distance.mean() <= 0.25
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_memory_does_not_grow_with_length():
     peaks = []
     for pairs in (64, 256):

@@ -323,7 +323,7 @@ def step_rows(
         for _ in range(count): stage.step(batch, 0, meter)
     def row(name: str, value: float, unit: str) -> dict[str, Any]: return dict(part='step', name=name, value=value, unit=unit, settings=facts)
     if facts['compiled']:
-        stage.speed_up(); steps(1)
+        stage.speed_up(facts['graphs']); steps(1)
         yield row(f'{name} compilation', round(time.perf_counter() - start, 1), 's')
     steps(warm_up)
     if device.type == 'cuda': torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(device)
@@ -349,6 +349,7 @@ def bench_step(
     repeats: int = 5,  # calls that count
     warm_up: int = 2,  # steps before them
     compiled: bool = False,  # compile the networks first (10b_fast)
+    graphs: bool = True,  # and record CUDA graphs; False: as several processes train
     options: Mapping[str, Any] | None = None,  # of the backbones
 ) -> Iterator[dict[str, Any]]:  # rows of `step_rows` for each backbone and step
     "Speed of an optimiser step. Raises ValueError for an unknown name, a device that is not there, or a precision that it cannot do."
@@ -358,7 +359,7 @@ def bench_step(
         size = of_kind(batch_size, kind)
         dataset = training_clips(store, size, kind, clip_length, view_size)
         stage = new_stage(backbone, kind, dataset, size, accelerator, num_prototypes, options)
-        facts = dict(backbone=backbone, kind=kind, batch_size=size, clip=f'{clip_length}×{view_size}×{view_size}', size=frame_size(store), device=device, precision=precision, compiled=compiled,
+        facts = dict(backbone=backbone, kind=kind, batch_size=size, clip=f'{clip_length}×{view_size}×{view_size}', size=frame_size(store), device=device, precision=precision, compiled=compiled, graphs=graphs,
                      **({'options': dict(options)} if options else {}))
         yield from step_rows(stage, next(iter(training_loader(dataset, size, pin_memory=on_gpu))), facts, repeats, warm_up, 10 if on_gpu else 1)
         accelerator.free_memory(stage)
@@ -377,6 +378,7 @@ def bench_epoch(
     precision: str = 'no',  # 'no' (float32), 'bf16' or 'fp16'
     seconds: float = 20.0,  # of steps in two epochs, of which the second counts; waiting comes on top
     compiled: bool = False,  # compile the networks first (10b_fast)
+    graphs: bool = True,  # and record CUDA graphs; False: as several processes train
     options: Mapping[str, Any] | None = None,  # of the backbones
 ) -> Iterator[dict[str, Any]]:  # two rows a backbone and step: samples/s, and the share of time that waited for data, %
     "Speed of training from a store. Raises ValueError as `bench_step` does."
@@ -387,7 +389,7 @@ def bench_epoch(
         size = of_kind(batch_size, kind)
         few = training_clips(store, size, kind, **shape)
         stage, batch = new_stage(backbone, kind, few, size, accelerator, num_prototypes, options), next(iter(training_loader(few, size, pin_memory=on_gpu)))
-        if compiled: stage.speed_up()
+        if compiled: stage.speed_up(graphs)
         meter = stage.meter()
         some_steps, = measure(lambda: [stage.step(batch, 0, meter) for _ in range(together)], 1, 2, accelerator.device)
         stage.dataset = training_clips(store, size*max(2, round(seconds/some_steps*together/2)), kind, **shape)
@@ -398,7 +400,7 @@ def bench_epoch(
                 numbers = train_epoch(stage, loader, epoch)
         samples = len(stage.dataset)
         facts = dict(backbone=backbone, kind=kind, batch_size=size, clip=f'{clip_length}×{view_size}×{view_size}', size=frame_size(store), workers=workers, steps=samples//size,
-                     device=device, precision=precision, compiled=compiled, **({'options': dict(options)} if options else {}))
+                     device=device, precision=precision, compiled=compiled, graphs=graphs, **({'options': dict(options)} if options else {}))
         yield result('epoch', f'{backbone} {kind}', samples, 'samples/s', [samples/numbers['samples_per_second']], **facts)
         yield dict(part='epoch', name=f'{backbone} {kind}, waiting for data', value=round(100*numbers['wait'], 1), unit='%', settings=facts)
         accelerator.free_memory(stage)
@@ -449,7 +451,8 @@ def bench_evaluation(
 ) -> Iterator[dict[str, Any]]:  # for each backbone three speeds, their ratio, and the largest difference of the features
     "Speed of features for retrieval, reading included. Raises ValueError as `bench_step` does."
     check_step(backbones, (), device)
-    every, some, fewest = (TestClips(store, part, clip_length=clip_length, cache_gib=0) for part in (store.manifest, store.manifest.head(few), store.manifest.head(-(-few//4))))
+    many = repeated_rows(store, max(len(store.manifest), 1000)) if device != 'cpu' else store.manifest  # or the start of the reading processes would count
+    every, some, fewest = (TestClips(store, part, clip_length=clip_length, cache_gib=0) for part in (many, store.manifest.head(few), store.manifest.head(-(-few//4))))
     for backbone in backbones:
         stream = Stream(backbone, backbone_options=dict(options or {})).to(device).eval()
         frozen = evaluation_copy(stream)  # as `cached_features` does
@@ -489,22 +492,26 @@ DATA_SETS = {'ucf101': ('UCF101 split 1', UCF101_COUNTS[1]['train']), 'k400': ('
 def fits_recipe(
     settings: Mapping[str, Any],  # of a row
     recipe: Recipe,  # that would be trained
+    processes: int = 1,  # GPUs; several train without CUDA graphs
 ) -> bool:
     "Whether a step or an epoch was measured as this recipe trains."
     wanted = dict(backbone=recipe.backbone, clip=f'{recipe.clip_length}×{recipe.view_size}×{recipe.view_size}', batch_size=getattr(recipe, f"{settings.get('kind', 'cross')}_batch_size"),
                   precision=recipe.mixed_precision, compiled=recipe.compile)
-    return recipe.accumulate == 1 and settings.get('options', {}) == recipe.backbone_options and all({'compiled': False, **settings}.get(name) == value for name, value in wanted.items())
+    if recipe.compile: wanted['graphs'] = processes == 1
+    known = {'compiled': False, 'graphs': True, **settings}
+    return recipe.accumulate == 1 and settings.get('options', {}) == recipe.backbone_options and all(known.get(name) == value for name, value in wanted.items())
 
 def recipe_speeds(
     table: pd.DataFrame,  # of run
     recipe: Recipe,  # that would be trained
+    processes: int = 1,  # GPUs
 ) -> tuple[dict[str, float], str]:  # samples/s of 'single' and 'cross' steps, those that were measured; and where they come from
     "How fast this recipe trains, by what was measured."
     speeds = table[table.unit == 'samples/s']
     def from_store(settings: Mapping[str, Any]) -> bool: return min(map(int, settings['size'].split('×'))) == recipe.short_side
     def of(part: str) -> dict[str, float]:
         "Speeds of a part that fit."
-        rows = [row for row in speeds[speeds.part == part].itertuples() if fits_recipe(row.settings, recipe) and row.settings.get('views') != 'made before']
+        rows = [row for row in speeds[speeds.part == part].itertuples() if fits_recipe(row.settings, recipe, processes) and row.settings.get('views') != 'made before']
         return {row.settings['kind']: row.value for row in rows if part == 'step' or from_store(row.settings)}
     epochs, steps = of('epoch'), of('step')
     if epochs and set(epochs) >= set(steps): return epochs, 'epoch'
@@ -522,13 +529,13 @@ def recipe_hours(
     rows, place = [], Path(recipes)
     for file in sorted(place.glob('*.yaml')) if place.is_dir() else [place]:
         recipe, (data, videos) = Recipe.read(file), DATA_SETS.get(file.stem.split('_')[0], DATA_SETS['ucf101'])
-        found, source = recipe_speeds(table, recipe)
+        found, source = recipe_speeds(table, recipe, processes)
         speeds, hours = {kind: speed*processes for kind, speed in found.items()}, {}
         for kind in STEPS:
             batch = getattr(recipe, f'{kind}_batch_size')*processes
             hours[f'epoch of {kind} [h]'] = videos//batch*batch/speeds[kind]/3600 if kind in speeds else np.nan
         hours['whole recipe [h]'] = hours_needed(recipe, videos, speeds, processes) if set(speeds) == set(STEPS) else np.nan
-        hint = '' if set(speeds) == set(STEPS) else f': python -m vicc.bench epoch --recipe {Path(*file.parts[-3:])}'
+        hint = '' if set(speeds) == set(STEPS) else f': python -m vicc.bench epoch --recipe {Path(*file.parts[-3:])}' + ' --no-graphs'*(processes > 1 and recipe.compile)
         rows.append({'recipe': file.stem, 'data': data, 'videos': videos, 'network': recipe.backbone, 'clip': f'{recipe.clip_length}×{recipe.view_size}×{recipe.view_size}',
                      'batch': f'{recipe.single_batch_size} and {recipe.cross_batch_size}', 'precision': recipe.mixed_precision, 'compiled': recipe.compile, 'processes': processes, **hours, 'from': source + hint})
     return pd.DataFrame(rows)
@@ -595,6 +602,7 @@ class BenchSettings:
     videos: str | os.PathLike | None = None  # folder of videos to measure flow with; None: one is drawn
     true_flow: str | os.PathLike | None = None  # folder of a benchmark with .flo files: the error of flow is measured, too
     compiled: bool = False  # compile the networks of the steps
+    graphs: bool = True  # and record CUDA graphs; False: as several processes train
     seconds: float = 20.0  # of steps in an epoch
     steps: Sequence[str] = STEPS  # for step and epoch: 'single', 'cross'
     options: Mapping[str, Any] | None = None  # of the backbones
@@ -620,7 +628,7 @@ def bench_parts(
     "Measure one part after the other."
     shape = dict(clip_length=values.clip_length, device=values.device)
     networks = dict(backbones=values.backbones, view_size=values.view_size, precision=values.precision, options=values.options, **shape)
-    training = dict(steps=values.steps, batch_size=values.batch_size, num_prototypes=values.num_prototypes, compiled=values.compiled, **networks)
+    training = dict(steps=values.steps, batch_size=values.batch_size, num_prototypes=values.num_prototypes, compiled=values.compiled, graphs=values.graphs, **networks)
     batch, last, repeats = of_kind(values.batch_size, 'cross'), values.workers[-1], values.repeats
     work = dict(flow=lambda: bench_all_flow(*values.frame, values.pairs, values.device, repeats, values.videos, values.true_flow),
                 loader=lambda: bench_loader(store, values.workers, batch, repeats=repeats, **shape),
@@ -699,6 +707,7 @@ def words(
     parser.add_argument('--steps', nargs='+', default=list(STEPS), metavar='KIND', help='single, cross; default both')
     parser.add_argument('--seconds', type=float, default=20, help='of steps in two epochs, of which the second counts; default 20')
     parser.add_argument('--compiled', action=argparse.BooleanOptionalAction, default=False, help='compile the networks of the steps; takes minutes at the start')
+    parser.add_argument('--graphs', action=argparse.BooleanOptionalAction, default=True, help='record CUDA graphs of compiled networks; --no-graphs: as several processes train')
     parser.add_argument('--quick', action='store_true', help='small shapes: seconds, only to see that all works')
     parser.add_argument('--output', type=Path, help='JSON file for the machine and all rows, written again after every row')
     try:

@@ -232,10 +232,12 @@ class RestorableStage(StageParts):
         "Go back to a checkpoint."
         if self.queue is not None: self.queue.load_state_dict(state['queue'])
 
-    def speed_up(self) -> None:
+    def speed_up(self,
+        graphs: bool = True,  # record CUDA graphs, where they can be recorded
+    ) -> None:
         "Compile both streams (10b_fast): the same to rounding. Call it once the weights are in place. Raises ValueError for a method whose network is another."
         model = self.accelerator.unwrap_model(self.model)
-        graphs = self.accelerator.num_processes == 1 and self.settings.accumulate == 1  # several processes hook into the backward pass; parts add to gradients that a graph would overwrite
+        graphs = graphs and self.accelerator.num_processes == 1 and self.settings.accumulate == 1  # several processes hook into the backward pass; parts add to gradients that a graph would overwrite
         if not isinstance(model, StageModel): raise ValueError(f'compile=True: {type(model).__name__} cannot be compiled, only the method vicc can: set it to false')
         self.compiled, model.embed = True, fast_embed(self.stream, graphs=graphs)
         if self.other is not None: self.frozen_embed = fast_embed(self.other, graphs=graphs, frozen=True)
