@@ -12,7 +12,7 @@ def readme_text() -> str:
     notebook = nbformat.read(ROOT/'nbs'/'index.ipynb', 4)
     notebook.cells = [cell for cell in notebook.cells if cell.source.split('\n')[0] != '#| hide']
     text, _ = MarkdownExporter(exclude_input=True).from_notebook_node(notebook)
-    text = re.sub(r'\]\((results/|\w+\.ipynb)', r'](nbs/\1', text)
+    text = re.sub(r'\]\((results/|(?:\w+/)?\w+\.ipynb)', r'](nbs/\1', text)
     return text.strip() + '\n'
 
 if __name__ == '__main__': (ROOT/'README.md').write_text(readme_text(), encoding='utf-8')

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 INSIDE = '''
 import json, sys
 from dataclasses import fields, replace
-from vicc.alternation import Recipe, alternate
+from vicc.recipe import Recipe
+from vicc.alternation import alternate
 from vicc.prepare import Store
 store, folder, values = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 known = {field.name for field in fields(Recipe)}
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument('output', type=Path)
     parser.add_argument('--rounds', type=int, default=3)
     values = parser.parse_args()
-    from vicc.alternation import Recipe
+    from vicc.recipe import Recipe
     from vicc.prepare import prepare
     from vicc.synthetic import make_moving_shapes
     recipe = Recipe.read(ROOT/'nbs'/'recipes'/'demo.yaml', single_epochs_rgb=5, single_epochs_flow=5, cross_epochs=5, cycles=1)

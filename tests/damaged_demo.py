@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vicc.alternation import find_project
-from vicc.files import save_text
+from vicc.engine.io import find_project
+from vicc.engine.io import save_text
 from vicc.manifests import read_manifest
 from vicc.prepare import reason
 from vicc.synthetic import make_moving_shapes

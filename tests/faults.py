@@ -47,7 +47,7 @@ def kill_worker() -> None:
 
 def lose_loss() -> None:
     "The next loss is not a number."
-    from vicc import stage
+    from vicc import trainer as stage
     real = stage.swapped_prediction_loss
     def lost(*arguments):
         stage.swapped_prediction_loss = real
@@ -56,7 +56,7 @@ def lose_loss() -> None:
 
 def lose_gradient() -> None:
     "The loss of the next step is a number, its gradients are not."
-    from vicc.stage import Stage
+    from vicc.trainer import Stage
     real = Stage.apply_gradients
     def lost(self, *arguments):
         Stage.apply_gradients = real
@@ -78,7 +78,7 @@ INSIDE = {'worker': kill_worker, 'loss': lose_loss, 'gradient': lose_gradient, '
 def inside(name: str, at: int, arguments: list[str]) -> None:
     "The command line of a training, with a fault before its step `at` (counted from 1 over all stages)."
     from vicc import alternation
-    from vicc.stage import Stage
+    from vicc.trainer import Stage
     real, steps = Stage.step, count(1)
     def step(self, batch, epoch, meter):
         if next(steps) == at: INSIDE[name]()
@@ -142,13 +142,13 @@ def hurt_unseen(path: Path) -> None:
 
 def newest(output: Path) -> list[Path]:
     "The checkpoints of the stage that is at work, newest first."
-    from vicc.checkpoints import checkpoint_folders
+    from vicc.engine.checkpoint import checkpoint_folders
     stages = sorted(output.glob('stages/0*/checkpoints'))
     return checkpoint_folders(stages[-1]) if stages else []
 
 def sound(output: Path) -> int:
     "How many of them are whole."
-    from vicc.checkpoints import damage
+    from vicc.engine.checkpoint import damage
     return sum(damage(place) is None for place in newest(output))
 
 # ---- a run
@@ -509,8 +509,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import to_rgb
 
-from vicc.alternation import find_project
-from vicc.plots import RIGHT, WRONG, new_figure
+from vicc.engine.io import find_project
+from vicc.viz.plots import RIGHT, WRONG, new_figure
 
 folder = Path() if Path('faults.csv').is_file() else find_project()/'nbs'/'results'
 faults = pd.read_csv(folder/'faults.csv', keep_default_na=False).set_index('fault')
@@ -556,7 +556,7 @@ CLOSING = """## What to remember
 - A message says what to do. If a line of the log names a video that was replaced, that video's file in the store is damaged: with the next start of the command `prepare` looks at every file and makes it again.
 - Only what was saved counts: with `save_every_steps` at 0 a kill costs the epoch that was going on.
 
-What to look at next: `11c_checkpoints` for how checkpoints are written and checked, `12_training` for how a stage goes on, `06_data` for readers that die and videos that cannot be read."""
+What to look at next: `engine/checkpoint` for how checkpoints are written and checked, `07_trainer` for how a stage goes on, `02_data` for readers that die and videos that cannot be read."""
 
 def notebook_cells() -> list:
     "Text and code of faults.ipynb."

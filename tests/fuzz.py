@@ -13,7 +13,7 @@ import av
 from fuzz_texts import fuzz_texts
 from fuzz_videos import COLUMNS, PROBLEMS, fuzz_videos
 
-from vicc.files import write_whole
+from vicc.engine.io import write_whole
 
 def main(arguments: list[str] | None = None) -> int:
     "Run both kinds, write one row a kind of file and mutation. Returns 1 if there is any problem."

@@ -32,18 +32,22 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vicc.alternation import Recipe, claim_method, claim_videos, find_project, open_run, read_history
-from vicc.checkpoints import INDEX, index_checksum, write_checkpoint
-from vicc.classification import load_progress, save_progress
-from vicc.files import file_facts
-from vicc.isolation import Isolated, WorkerDied
+from vicc.recipe import Recipe
+
+from vicc.engine.io import find_project
+
+from vicc.alternation import claim_method, claim_videos, open_run, read_history
+from vicc.engine.checkpoint import INDEX, index_checksum, write_checkpoint
+from vicc.compare.finetune import load_progress, save_progress
+from vicc.engine.io import file_facts
+from vicc.engine.io import Isolated, WorkerDied
 from vicc.manifests import dataset_description, hmdb51_list, kinetics_table, read_manifest, ucf101_list, write_manifest
 from vicc.prepare import PrepareSettings, Store, check_settings, open_folder
 from vicc.prototypes import ProjectionQueue
-from vicc.retrieval import cached_parts
-from vicc.stage import Stage, StageSettings, VICC
+from vicc.evaluation import cached_parts
+from vicc.trainer import Stage, StageSettings, VICC
 from vicc.streams import CHECKSUMS, SAVED_FILES, Stream, load_released, load_stream, released_tensors, save_stream
-from vicc.training import Begun, load_checkpoint
+from vicc.trainer import Begun, load_checkpoint
 
 SECONDS = 20  # that one file may take
 ROOT = find_project(__file__)

@@ -19,7 +19,7 @@ import av
 import cv2
 import numpy as np
 
-from vicc.isolation import Isolated, WorkerDied
+from vicc.engine.io import Isolated, WorkerDied
 from vicc.prepare import PrepareSettings, prepare_video, sweep
 from vicc.video import probe, read_frames
 

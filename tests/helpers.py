@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
-from vicc.alternation import Recipe, find_project
+from vicc.recipe import Recipe
+
+from vicc.engine.io import find_project
 from vicc.prepare import Store, prepare
 from vicc.synthetic import make_moving_shapes
 

@@ -22,10 +22,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from kill_training import kill_at
-from vicc.alternation import Recipe, find_project, new_streams
-from vicc.classification import FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, accuracy, classify
+from vicc.recipe import Recipe
+from vicc.engine.io import find_project
+from vicc.alternation import new_streams
+from vicc.compare.finetune import FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, accuracy, classify
 from vicc.evaluation import evaluate_stream, two_stream_recall
-from vicc.files import save_text, write_whole
+from vicc.engine.io import save_text, write_whole
 from vicc.manifests import read_manifest
 from vicc.prepare import STREAMS, Store, prepare
 from vicc.synthetic import make_moving_shapes

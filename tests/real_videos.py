@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from vicc.files import save_text
-from vicc.isolation import Isolated
+from vicc.engine.io import save_text
+from vicc.engine.io import Isolated
 from vicc.manifests import folder_manifest
 from vicc.prepare import PrepareSettings, prepare, reason
 from vicc.video import probe

@@ -1,4 +1,4 @@
-"""Views: what the notebook 05_augment does not show. Known answers, shapes that must not change, both devices' paths."""
+"""Views: what the notebook 03_augment does not show. Known answers, shapes that must not change, both devices' paths."""
 import warnings
 from dataclasses import fields, replace
 

@@ -3,12 +3,16 @@
 import pandas as pd
 import pytest
 
-from vicc.alternation import Recipe, alternate, find_project
+from vicc.recipe import Recipe
+
+from vicc.engine.io import find_project
+
+from vicc.alternation import alternate
 from vicc.data import TestClips, TwoStreamClips
 from vicc.evaluation import evaluate_files
 from vicc.manifests import read_manifest
 from vicc.prepare import PrepareSettings, Store, finish, open_folder, prepare, prepare_video
-from vicc.retrieval import extract_features
+from vicc.evaluation import extract_features
 from vicc.synthetic import make_moving_shapes
 from vicc.video import VideoError, read_frames
 

@@ -14,12 +14,12 @@ from torch import nn
 from helpers import DEMO, Unplugged, shapes_store, unplug
 from vicc.alternation import alternate
 from vicc.augment import ViewSettings
-from vicc.baselines import METHODS, ContrastiveStage, create_method, multi_positive_nce, recordings
+from vicc.compare.baselines import METHODS, ContrastiveStage, create_method, multi_positive_nce, recordings
 from vicc.data import TwoStreamClips, collate
 from vicc.manifests import read_manifest
-from vicc.stage import Stage, StageSettings
+from vicc.trainer import Stage, StageSettings
 from vicc.streams import Stream, load_stream
-from vicc.training import TIMING, train_stage
+from vicc.trainer import TIMING, train_stage
 
 VALUES = dict(key_queue_length=12, key_momentum=.9, temperature=.1)
 SETTINGS = StageSettings(epochs=4, schedule_epochs=None, batch_size=8, optimiser='adamw', learning_rate=2e-3, final_learning_rate=1e-5, queue_length=0)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from vicc import alternation, bench, prepare
-from vicc.alternation import Recipe, find_project
+from vicc.recipe import Recipe
+from vicc.engine.io import find_project
 from vicc.prepare import Store
 from vicc.video import write_video
 

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 
 from helpers import Unplugged, unplug
 from vicc.augment import apply_view, crop_boxes, crop_views, draw_view
-from vicc.classification import (FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, Classifier, LabelledClips, accuracy, cached_predict, classify, confusion, crop_choices, fuse, is_best,
+from vicc.compare.finetune import (FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, Classifier, LabelledClips, accuracy, cached_predict, classify, confusion, crop_choices, fuse, is_best,
                                  middle_clips, per_class_accuracy, predict, predictions_table, split_validation, train_classifier)
 from vicc.data import TestClips, sample_generator, set_epoch, training_loader
-from vicc.retrieval import evaluation_copy, extract_features
+from vicc.evaluation import evaluation_copy, extract_features
 from vicc.streams import Stream
 from vicc.video import VideoError, clip_indices, random_clip_start
 

@@ -15,7 +15,7 @@ from vicc.augment import colour_jitter, colour_jitter_plainly, working_kernel
 from vicc.data import ClipBatch, lay_out, lay_out_plainly
 
 triton = pytest.importorskip('triton')
-import vicc.data_gpu  # noqa: E402
+import vicc.fast.kernels  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SIZES = [[(6, 10)], [(2, 2), (34, 6), (8, 70)], [(16, 16)]*3, [(2, 98), (50, 2)], [(120, 160), (96, 128), (118, 30), (30, 158)]]
@@ -47,7 +47,7 @@ sys.path.insert(0, 'tests')
 from test_data_gpu import SIZES, jitters, packed
 from vicc.augment import colour_jitter_plainly
 from vicc.data import ClipBatch, lay_out_plainly
-from vicc.data_gpu import CHECKS, fused_jitter, fused_lay_out, interpreted
+from vicc.fast.kernels import CHECKS, fused_jitter, fused_lay_out, interpreted
 assert interpreted() and all(agrees(torch.device('cpu')) for agrees in CHECKS.values())
 for channels in (2, 3):
     for seed, sizes in enumerate(SIZES):
@@ -83,7 +83,7 @@ COMPILED = '''
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vicc.data_gpu import jitter_kernel, lay_out_kernel
+from vicc.fast.kernels import jitter_kernel, lay_out_kernel
 layout = {'data': '*u8', 'facts': '*i64', 'pixels': '*u8', 'T': 'i32', 'H': 'i32', 'W': 'i32', 'C': 'constexpr', 'BLOCK': 'constexpr'}
 jitter = {'images': '*fp32', 'order': '*i64', 'factors': '*fp32', 'out': '*fp32', 'T': 'i32', 'P': 'i32', 'BLOCK': 'constexpr'}
 for kernel, names, fixed in ((lay_out_kernel, layout, {(6,): 2, (7,): 1024}), (lay_out_kernel, layout, {(6,): 3, (7,): 1024}), (jitter_kernel, jitter, {(6,): 1024})):
@@ -104,10 +104,10 @@ def test_kernels_compile_for_a_gpu_and_shifts_keep_the_sign(tmp_path):
 def test_the_cpu_keeps_the_plain_way():
     data, rows = packed(0, [(6, 10), (8, 4)], 3, 2)
     assert torch.equal(lay_out(data, rows, 3), lay_out_plainly(data, rows, 3)) and lay_out(data, rows, 3).is_contiguous()
-    with pytest.raises(ValueError, match='computes on a CUDA device'): vicc.data_gpu.fused_lay_out(data, rows, 3)
+    with pytest.raises(ValueError, match='computes on a CUDA device'): vicc.fast.kernels.fused_lay_out(data, rows, 3)
     chosen = jitters((3, 3, 2, 8, 8), .8)
     assert torch.equal(colour_jitter(*chosen), colour_jitter_plainly(*chosen))
-    with pytest.raises(ValueError, match='computes on a CUDA device'): vicc.data_gpu.fused_jitter(*chosen)
+    with pytest.raises(ValueError, match='computes on a CUDA device'): vicc.fast.kernels.fused_jitter(*chosen)
 
 
 @pytest.mark.parametrize('error, told', [(ImportError('no triton'), None), (RuntimeError('Failed to find C compiler.\nmore'), r'does not work on cuda:0 \(Failed to find C compiler\.\)'), (False, 'not that of PyTorch')])
@@ -115,7 +115,7 @@ def test_a_kernel_that_does_not_work_is_left_alone(monkeypatch, error, told):
     def agrees(device):
         if error: raise error
         return False
-    monkeypatch.setitem(vicc.data_gpu.CHECKS, 'fused_lay_out', agrees)
+    monkeypatch.setitem(vicc.fast.kernels.CHECKS, 'fused_lay_out', agrees)
     working_kernel.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')

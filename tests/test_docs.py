@@ -77,10 +77,10 @@ def test_reads_docments_without_importing():
     assert [row.comment for row in assign.rows] == ['[N, K] similarities', 'above the line', '']
     assert assign.returns == modules.Row('returns', 'Tensor', '', '[N, K] assignments')
 
-@pytest.mark.parametrize('path', [path for path in sorted((ROOT/'nbs').glob('*.ipynb')) if path.name[0].isdigit() and 'default_exp' in path.read_text(encoding='utf-8')], ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', [path for path in sorted((ROOT/'nbs').rglob('*.ipynb')) if 'default_exp' in path.read_text(encoding='utf-8')], ids=lambda path: path.stem)
 def test_describes_every_public_name(path):
     notebook = pages.read_notebook(path)
-    code = ast.parse((ROOT/'vicc'/f'{notebook.module}.py').read_text(encoding='utf-8'))
+    code = ast.parse((ROOT/'vicc'/f'{notebook.module.replace(".", "/")}.py').read_text(encoding='utf-8'))
     public = next(ast.literal_eval(node.value) for node in code.body if isinstance(node, ast.Assign) and node.targets[0].id == '__all__')
     assert {entry.name for entry in notebook.entries} == set(public)
 

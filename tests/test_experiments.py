@@ -7,7 +7,7 @@ import papermill as pm
 import pytest
 import yaml
 
-from vicc.alternation import Recipe
+from vicc.recipe import Recipe
 from vicc.manifests import folder_manifest, write_manifest
 from vicc.video import probe
 
@@ -89,7 +89,7 @@ def test_demo_recipe_holds_the_defaults():
     (dict(sede=1), 'no parameter .*sede.*did you mean seed'),
     (dict(manifest='nowhere.csv', videos='.'), 'nowhere.csv'),
     (dict(manifest='nowhere.csv'), 'give both manifest and videos'),
-], ids=['unknown key', 'missing manifest', 'manifest without videos'])  # wrong values of a recipe: 13_alternation
+], ids=['unknown key', 'missing manifest', 'manifest without videos'])  # wrong values of a recipe: 08_alternation
 def test_wrong_parameters_are_refused_before_any_work(values, words, tmp_path):
     with pytest.raises(Exception, match=words): execute(dict(TINY, output=str(tmp_path/'run'), **values), tmp_path)
     assert not (tmp_path/'run'/'store').exists()

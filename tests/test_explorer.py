@@ -1,4 +1,4 @@
-"vicc.explorer: clips that can be played, names that stay names, a page that needs no network, menus that change what plays; and run_prototypes from nothing but saved streams."
+"vicc.viz.explorer: clips that can be played, names that stay names, a page that needs no network, menus that change what plays; and run_prototypes from nothing but saved streams."
 import base64
 import io
 import json
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vicc.explorer import Choice, Clip, ExplorerWidget, choice_html, class_choices, clip_bytes, data_address, explorer_page, folded_html, prototype_choices, query_choices, show_explorer
+from vicc.viz.explorer import Choice, Clip, ExplorerWidget, choice_html, class_choices, clip_bytes, data_address, explorer_page, folded_html, prototype_choices, query_choices, show_explorer
 
 ROOT = Path(__file__).parents[1]
 EVIL = '</script><script>alert(1)</script>"><img src=x onerror=alert(2)> \'&amp; $title ${style} ‮'

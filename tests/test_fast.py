@@ -10,9 +10,9 @@ from accelerate.state import AcceleratorState
 from vicc.backbones import create_backbone
 from vicc.bench import repeated_rows, small_store
 from vicc.data import TwoStreamClips, collate
-from vicc.fast import fast_embed, make_fast, make_plain, mark_step
+from vicc.fast.layers import fast_embed, make_fast, make_plain, mark_step
 from vicc.augment import ViewSettings
-from vicc.stage import Stage, StageSettings
+from vicc.trainer import Stage, StageSettings
 from vicc.streams import Stream
 
 needs_compiler = pytest.mark.skipif(shutil.which('c++') is None, reason='no C++ compiler')

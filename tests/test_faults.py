@@ -9,15 +9,15 @@ from accelerate import Accelerator
 
 import faults
 from helpers import DEMO, assert_same
-from vicc.alternation import find_project
+from vicc.engine.io import find_project
 from vicc.augment import ViewSettings
-from vicc.checkpoints import checkpoint_folders, damage
+from vicc.engine.checkpoint import checkpoint_folders, damage
 from vicc.data import TwoStreamClips
 from vicc.prepare import prepare
-from vicc.stage import Stage, StageSettings
+from vicc.trainer import Stage, StageSettings
 from vicc.streams import Stream
 from vicc.synthetic import make_moving_shapes
-from vicc.training import TIMING, Upkeep, train_stage
+from vicc.trainer import TIMING, Upkeep, train_stage
 
 SETTINGS = StageSettings(epochs=2, schedule_epochs=None, batch_size=2, optimiser='adamw', learning_rate=.003, final_learning_rate=1e-3, freeze_prototypes_epochs=0, queue_length=8, queue_start_epoch=0)
 RESULTS = find_project(__file__)/'nbs'/'results'

@@ -32,7 +32,7 @@ def moving(height, width, motions):
 INTERPRETED = '''
 import numpy as np, torch
 from vicc.flow import TVL1Settings, tvl1_level
-from vicc.flow_gpu import fused_level, interpreted
+from vicc.fast.tvl1 import fused_level, interpreted
 assert interpreted()
 rng = torch.Generator().manual_seed(0)
 I0, I1 = (255*torch.nn.functional.avg_pool2d(torch.rand(2, 1, 21, 38, generator=rng), 3, 1, 1) for _ in range(2))

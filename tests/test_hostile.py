@@ -12,15 +12,17 @@ import torch
 from accelerate import Accelerator
 
 from fuzz_texts import LAUGHS, PROBLEMS, Toy, fuzz_texts, make_checkpoint, sign_checkpoint
-from vicc import plots
-from vicc.alternation import Recipe, alternate, find_project, main
-from vicc.checkpoints import read_checkpoint
-from vicc.classification import Classifier, load_classifier, predictions_table
-from vicc.explorer import Choice, Clip, explorer_page, folded_html
-from vicc.files import folder_lock
-from vicc.report import Report, styled
+from vicc.viz import plots
+from vicc.recipe import Recipe
+from vicc.engine.io import find_project
+from vicc.alternation import alternate, main
+from vicc.engine.checkpoint import read_checkpoint
+from vicc.compare.finetune import Classifier, load_classifier, predictions_table
+from vicc.viz.explorer import Choice, Clip, explorer_page, folded_html
+from vicc.engine.io import folder_lock
+from vicc.viz.plots import Report, styled
 from vicc.streams import Stream, load_released, load_stream, save_stream
-from vicc.training import load_checkpoint
+from vicc.trainer import load_checkpoint
 
 DEMO = find_project(__file__)/'nbs'/'recipes'/'demo.yaml'
 NAMES = ['<script>alert(1)</script>', r'$\frac$', '"><img src=x onerror=alert(2)>', 'x'*1000, 'مرحبا بالعالم', '😀👨‍👩‍👧', 'two\nlines\t\u202e', '_hidden', '', '</script>&amp;%s{0}', '[x](javascript:alert(3))', 'a|b`c`*d*']

@@ -99,7 +99,7 @@ def emptied(path: Path) -> None:
         if 'parameters' in cell.metadata.get('tags', []): cell.source += '\n' + '\n'.join(f'{key} = {value!r}' for key, value in SMALL.get(path.name, {}).items())
     nbformat.write(notebook, path)
 
-@pytest.mark.parametrize('names', [['08_prototypes'], ['09_losses'], ['15b_explorer'], ['run_pretrain', 'run_prototypes']], ids=lambda names: names[-1])
+@pytest.mark.parametrize('names', [['05_prototypes'], ['06_losses'], ['viz/explorer'], ['run_pretrain', 'run_prototypes']], ids=lambda names: names[-1])
 @pytest.mark.timeout(800)
 def test_runs_in_jupyterlab(lab, names):
     for path in [lab[0]/'nbs'/f'{name}.ipynb' for name in names]:

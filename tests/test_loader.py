@@ -16,7 +16,7 @@ from vicc.augment import ViewSettings, apply_view, denormalise
 from vicc.data import EpochBatches, TestClips, TestVideos, TwoStreamClips, collate, epoch_batches, read_planes, set_epoch, training_loader
 from vicc.manifests import read_manifest
 from vicc.prepare import STREAMS, PrepareSettings, Store, prepare
-from vicc.retrieval import centred_view, extract_features
+from vicc.evaluation import centred_view, extract_features
 from vicc.synthetic import make_moving_shapes
 from vicc.video import read_frames, write_video
 

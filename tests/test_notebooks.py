@@ -1,5 +1,4 @@
 "The library notebooks run from top to bottom, are stored clean, and match the package that is exported from them."
-import ast
 import importlib.util
 import re
 import shutil
@@ -11,9 +10,9 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
-LIBRARY = [path for path in NOTEBOOKS if re.match(r'\d', path.name)]
-NUMBERS = {re.sub(r'^\d+[a-z]?_', '', path.stem): path.stem.split('_')[0] for path in LIBRARY}
+NBS = ROOT/'nbs'
+NOTEBOOKS = sorted(path for path in NBS.rglob('*.ipynb') if not {'results', '.ipynb_checkpoints', '_proc'} & set(path.parts))
+LIBRARY = [path for path in NOTEBOOKS if not path.name.startswith('run_') and path.stem != 'index']
 
 def run(command: str, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
     "A command of nbdev."
@@ -39,12 +38,10 @@ def test_runs(notebook):
     result = run('nbdev-test', str(notebook), '--n-workers', '0')
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
 
-@pytest.mark.parametrize('module', sorted(set(NUMBERS) & {path.stem for path in (ROOT/'vicc').glob('*.py')}))
-def test_imports_only_from_lower_numbers(module):
-    for node in ast.walk(ast.parse((ROOT/'vicc'/f'{module}.py').read_text(encoding='utf-8'))):
-        names = [('vicc.' if node.level else '') + node.module] if isinstance(node, ast.ImportFrom) and node.module else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for name in (name.split('.')[1] for name in names if name.startswith('vicc.')):
-            assert NUMBERS[name] < NUMBERS[module], f'{module} ({NUMBERS[module]}) imports {name} ({NUMBERS[name]})'
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_lead_to_notebooks(notebook):
+    cells = [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == 'markdown']
+    assert [link for text in cells for link in re.findall(r'\]\(([\w./-]+\.ipynb)', text) if not (notebook.parent/link).is_file()] == []
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
 def test_holds_no_error_and_is_titled(notebook):

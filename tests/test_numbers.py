@@ -17,10 +17,10 @@ from vicc.augment import ViewSettings
 from vicc.data import TwoStreamClips, epoch_batches, set_epoch, training_loader
 from vicc.losses import collapse_loss, pair_losses, swapped_prediction_loss, view_assignments
 from vicc.manifests import read_manifest
-from vicc.optim import cosine_schedule
+from vicc.engine.optim import cosine_schedule
 from vicc.prepare import STREAMS, PrepareSettings, prepare
 from vicc.prototypes import ProjectionQueue, Prototypes, agreement, assign, assignment_entropy, normalise_rows, prototypes_in_use, sinkhorn, working_type
-from vicc.retrieval import cosine_similarity, recall_at_k
+from vicc.evaluation import cosine_similarity, recall_at_k
 from vicc.synthetic import make_moving_shapes
 
 KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

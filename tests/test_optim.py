@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vicc.optim import LARC, create_optimiser, set_learning_rate
+from vicc.engine.optim import LARC, create_optimiser, set_learning_rate
 
 def test_no_waiting():
     "Fake tensors have no values, so reading one (as .item() or an if would) raises. Both paths must get through."

@@ -22,8 +22,8 @@ class Blocked:
         if name.split('.')[0] in {names}: raise ImportError(name + ' is a development package')
 sys.meta_path.insert(0, Blocked())
 import vicc
-for module in pkgutil.iter_modules(vicc.__path__):
-    if not module.name.startswith('_'): importlib.import_module('vicc.' + module.name)
+for module in pkgutil.walk_packages(vicc.__path__, 'vicc.'):
+    if not module.name.split('.')[-1].startswith('_'): importlib.import_module(module.name)
 '''
 
 def test_imports_without_development_packages():
@@ -52,9 +52,9 @@ def untyped(function) -> list[str]:
     "Parameters without a type."
     return [parameter.name for parameter in inspect.signature(function).parameters.values() if parameter.annotation is parameter.empty and parameter.name not in ('self', 'cls')]
 
-@pytest.mark.parametrize('name', [module.name for module in pkgutil.iter_modules([str(ROOT/'vicc')]) if not module.name.startswith('_')])
+@pytest.mark.parametrize('name', [module.name for module in pkgutil.walk_packages([str(ROOT/'vicc')], 'vicc.') if not (module.ispkg or module.name.startswith('vicc._'))])
 def test_help_of_every_public_name(name):
-    assert undocumented(importlib.import_module(f'vicc.{name}')) == []
+    assert undocumented(importlib.import_module(name)) == []
 
 def test_types_are_there_for_users():
     assert (ROOT/'vicc'/'py.typed').is_file()

@@ -1,4 +1,4 @@
-"""vicc.plots: what the notebook 15_plots leaves out: odd inputs, large class counts, settings left alone, files whole or absent."""
+"""vicc.viz.plots: what the notebook viz/plots leaves out: odd inputs, large class counts, settings left alone, files whole or absent."""
 import subprocess
 import sys
 
@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vicc import plots
+from vicc.viz import plots
 
 NAMES = ['kick', 'hug', 'point']
 
@@ -376,6 +376,6 @@ def test_large_pictures_shrink_for_notebooks():
 
 
 def test_module_imports_nothing_of_ours_and_no_torch():
-    code = ("import sys; import vicc.plots; ours = [m for m in sys.modules if m.startswith('vicc.') and m != 'vicc.plots'];"
+    code = ("import sys; import vicc.viz.plots; ours = [m for m in sys.modules if m.startswith('vicc.') and m != 'vicc.viz.plots'];"
             "assert not ours, ours; assert 'torch' not in sys.modules; assert 'IPython' not in sys.modules")
     subprocess.run([sys.executable, '-c', code], check=True)

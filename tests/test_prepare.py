@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from test_video import noise, turned, write_sound
 
-from vicc import files
+from vicc.engine import io as files
 from vicc import prepare as module
 from vicc.flow import dequantise
 from vicc.manifests import folder_manifest, read_manifest

@@ -15,11 +15,11 @@ def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
     "Three epochs of flow-1 with a queue, broken off in the third if asked to: weights, and this process's queue in the last checkpoint."
     from accelerate import Accelerator
     from vicc.augment import ViewSettings
-    from vicc.checkpoints import read_tree
+    from vicc.engine.checkpoint import read_tree
     from vicc.data import TwoStreamClips
-    from vicc.stage import StageSettings
+    from vicc.trainer import StageSettings
     from vicc.streams import Stream
-    from vicc.training import train_stage
+    from vicc.trainer import train_stage
     accelerator = Accelerator(cpu=True)
     dataset = TwoStreamClips(Store(folder/'store'), None, ('flow',), 8, views=ViewSettings(size=16))
     if stop: unplug(dataset.frames, 2*8 + 5)  # in the third epoch: each process reads 8 of the 16 videos an epoch
@@ -34,7 +34,7 @@ def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
 def work(rank: int, folder: str) -> None:
     "What each process does."
     from accelerate import Accelerator
-    from vicc.training import loader_line
+    from vicc.trainer import loader_line
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=Path(folder, 'port').read_text(), ACCELERATE_USE_CPU='true')
     torch.set_num_threads(1)
     unbroken = train(Path(folder), 'unbroken', False)

@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from helpers import Unplugged, assert_same, shapes_store, unplug
 from kill_training import differences, kill_training, prepare_run, start, steps_seen
 from vicc.augment import ViewSettings
-from vicc.checkpoints import INDEX, checkpoint_folders
+from vicc.engine.checkpoint import INDEX, checkpoint_folders
 from vicc.data import TwoStreamClips
-from vicc.processes import Stopped
-from vicc.stage import Stage, StageSettings
+from vicc.engine.distributed import Stopped
+from vicc.trainer import Stage, StageSettings
 from vicc.streams import Stream
-from vicc.training import TIMING, Upkeep, train_stage
+from vicc.trainer import TIMING, Upkeep, train_stage
 
 SETTINGS = StageSettings(epochs=3, schedule_epochs=None, batch_size=4, optimiser='larc', learning_rate=.3, final_learning_rate=1e-3, freeze_prototypes_epochs=1, queue_length=8, queue_start_epoch=0)
 STEPS = 4  # an epoch

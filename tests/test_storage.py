@@ -13,8 +13,8 @@ from test_prepare import QUIET, SETTINGS, contents
 from test_video import noise
 
 from vicc import prepare as module
-from vicc.files import StorageError, folder_lock, save_text
-from vicc.isolation import Crew, Isolated, Limits, WorkerDied
+from vicc.engine.io import StorageError, folder_lock, save_text
+from vicc.engine.io import Crew, Isolated, Limits, WorkerDied
 from vicc.prepare import Store, prepare
 from vicc.synthetic import make_moving_shapes
 from vicc.video import VideoError, write_video

@@ -28,7 +28,7 @@ REQUIREMENTS = [requirement for requirement in map(Requirement, settings()['requ
 def imported() -> dict[str, str]:
     "The package of every module that vicc imports from elsewhere, and a file that does."
     found = {}
-    for path in sorted((ROOT/'vicc').glob('*.py')):
+    for path in sorted((ROOT/'vicc').rglob('*.py')):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for module in {name.split('.')[0] for name in modules} - {'vicc'} - sys.stdlib_module_names:
@@ -42,8 +42,8 @@ def test_every_import_is_required():
     assert all(name in settings()['dev_requirements'] for name in OPTIONAL)
 
 def test_every_requirement_is_used():
-    notebooks = '\n'.join(path.read_text(encoding='utf-8') for path in (ROOT/'nbs').glob('*.ipynb'))
-    modules = '\n'.join(path.read_text(encoding='utf-8') for path in (ROOT/'vicc').glob('*.py'))
+    notebooks = '\n'.join(path.read_text(encoding='utf-8') for path in (ROOT/'nbs').rglob('*.ipynb'))
+    modules = '\n'.join(path.read_text(encoding='utf-8') for path in (ROOT/'vicc').rglob('*.py'))
     unused = [name for name in (canonicalize_name(requirement.name) for requirement in REQUIREMENTS)
               if name not in imported() and INDIRECT.get(name, '?') not in modules and not re.search(rf'"import {name}\b', notebooks)]
     assert unused == [], 'remove from settings.ini, or say in INDIRECT what needs it'

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 
 from helpers import DEMO, Unplugged, shapes_store
 from vicc.alternation import alternate
-from vicc.stage import Stage
+from vicc.trainer import Stage
 
 
 

@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from helpers import DEMO, shapes_store
 from vicc.alternation import alternate
 from vicc.augment import ViewSettings
-from vicc.baselines import create_method
-from vicc.checkpoints import checkpoint_folders
+from vicc.compare.baselines import create_method
+from vicc.engine.checkpoint import checkpoint_folders
 from vicc.data import TwoStreamClips
 from vicc.prepare import Store
-from vicc.stage import Stage, StageSettings
+from vicc.trainer import Stage, StageSettings
 from vicc.streams import Stream
-from vicc.training import Upkeep, train_stage
+from vicc.trainer import Upkeep, train_stage
 
 TINY = replace(DEMO, single_epochs_rgb=2, single_epochs_flow=1, cycles=0, single_batch_size=4, num_prototypes=6, projection_dim=8, backbone_options={'width': 4})
 SETTINGS = StageSettings(epochs=3, schedule_epochs=None, batch_size=4, optimiser='adamw', learning_rate=1e-3, final_learning_rate=1e-5, queue_length=0)
@@ -78,10 +78,10 @@ def test_a_bad_loss_is_never_saved(store, cpu, tmp_path, monkeypatch):
     assert [path.name for path in checkpoint_folders(tmp_path)] == ['step-000000002', 'step-000000001']
 
 def test_the_device_is_not_asked_at_every_step(store, cpu, tmp_path, monkeypatch):
-    import vicc.training
+    import vicc.trainer
     asked = []
-    monkeypatch.setattr(vicc.training, 'anywhere', lambda accelerator, *answers: asked.append(len(answers)) or [0]*len(answers))
-    monkeypatch.setattr(vicc.training, 'added_up', vicc.training.anywhere)
+    monkeypatch.setattr(vicc.trainer, 'anywhere', lambda accelerator, *answers: asked.append(len(answers)) or [0]*len(answers))
+    monkeypatch.setattr(vicc.trainer, 'added_up', vicc.trainer.anywhere)
     train(store, cpu, tmp_path, upkeep=Upkeep(check_every=3))
     assert asked == [3, 2, 1, 1]*3  # once after the third of four steps, and at the end of an epoch: what was replaced, before it is saved, and after
 
@@ -102,8 +102,8 @@ def test_a_bad_run_goes_on_with_another_learning_rate_if_that_is_accepted(store,
     assert len(alternate(gentle, **run)) == 3 and len(pd.read_csv(tmp_path/'run'/'changes.csv')) == 2  # the new recipe is the run's own
 
 def test_collapse_stops_after_patience_and_can_go_on(store, cpu, tmp_path, monkeypatch):
-    import vicc.training
-    monkeypatch.setattr(vicc.training, 'collapsed', lambda row: row['epoch'] > 1)
+    import vicc.trainer
+    monkeypatch.setattr(vicc.trainer, 'collapsed', lambda row: row['epoch'] > 1)
     settings = replace(SETTINGS, epochs=6)
     with pytest.raises(ValueError, match='collapsed for 2 epochs .*Lower the learning rate.*patience=0 goes on'): train(store, cpu, tmp_path, settings, upkeep=Upkeep(patience=2))
     lines = []

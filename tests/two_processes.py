@@ -29,8 +29,8 @@ def losses(folder: Path, case: str, accelerator, compiled: bool) -> tuple[list[f
     "The losses of 20 steps (an epoch is one step of 16 videos), and the first layer at the end."
     from vicc.augment import ViewSettings
     from vicc.data import TwoStreamClips
-    from vicc.stage import StageSettings
-    from vicc.training import Upkeep, train_stage
+    from vicc.trainer import StageSettings
+    from vicc.trainer import Upkeep, train_stage
     values = dict(sync_batchnorm=True, **CASES[case]) if 'sync_batchnorm' not in CASES[case] else CASES[case]
     settings = StageSettings(epochs=STEPS, schedule_epochs=None, batch_size=16//accelerator.num_processes, optimiser='larc', learning_rate=.6, final_learning_rate=.01, freeze_prototypes_epochs=2,
                              queue_start_epoch=0, **values)

@@ -16,14 +16,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from modules import Entry, Row, entries
 
-GROUPS = {'Pixels': 7, 'Model': 11, 'Training': 14, 'Evaluation and pictures': 16, 'Tools, baselines, robustness': 100}  # first number of the next group
+# Folder of nbs/ -> heading. The numbered notebooks of nbs/ itself come first, its others last.
+GROUPS = {'': 'The paper', 'datasets': 'Data sets', 'engine': 'What keeps a run alive', 'fast': 'The same, faster', 'viz': 'Pictures', 'compare': 'Other methods', 'experiments': 'Experiments'}
 # Text in which no name becomes a link: code blocks, equations, links and pictures, tags, addresses, directives
 KEPT = r'^(?P<fence>`{3,}|~{3,}).*?^(?P=fence)|\$\$.*?\$\$|\$[^$\n]+\$|!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\)|<[^>\s][^>\n]*>|https?://\S+|`[^`\n]+`'
 
 @dataclass
 class Notebook:
     "A notebook and what its exported cells define."
-    name: str                  # '08_prototypes'
+    name: str                  # '05_prototypes', 'engine/io'
     cells: list[dict]
     module: str = ''           # 'prototypes'; '' for one that exports nothing
     entries: list[Entry] = field(default_factory=list)
@@ -38,6 +39,9 @@ class Notebook:
     @property
     def number(self) -> str: return self.name.split('_')[0] if self.name[0].isdigit() else ''
 
+    @property
+    def up(self) -> str: return '../'*self.name.count('/')  # from its page to the root of the site
+
 def source(cell: dict) -> str: return ''.join(cell['source'])
 
 def directives(cell: dict) -> list[str]:
@@ -48,8 +52,8 @@ def shown_code(cell: dict) -> str: return re.sub(r'^#\|.*\n?', '', source(cell),
 
 def exported(cell: dict) -> bool: return bool({'export', 'exports'} & set(directives(cell)))
 
-def read_notebook(path: Path) -> Notebook:
-    notebook = Notebook(path.stem, json.loads(path.read_text(encoding='utf-8'))['cells'])
+def read_notebook(path: Path, nbs: Path | None = None) -> Notebook:
+    notebook = Notebook(path.relative_to(nbs or path.parent).with_suffix('').as_posix(), json.loads(path.read_text(encoding='utf-8'))['cells'])
     for number, cell in enumerate(notebook.cells):
         for directive in directives(cell):
             if directive.startswith('default_exp '): notebook.module = directive.split()[1]
@@ -123,17 +127,18 @@ def write_colab_copy(path: Path, target: Path, repository: str, values: dict[str
     notebook = json.loads(path.read_text(encoding='utf-8'))
     cell = dict(cell_type='code', id='colab', metadata={}, execution_count=None, outputs=[], source=colab_cell(repository, values))
     notebook['cells'].insert(1, cell)
-    (target/path.name).write_text(json.dumps(notebook), encoding='utf-8')
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(notebook), encoding='utf-8')
 
 # ---- pages of notebooks
 
 def markdown(text: str) -> dict: return dict(cell_type='markdown', metadata={}, source=text)
 
-def shown_output(output: dict, links: Links, module: str) -> dict:
+def shown_output(output: dict, links: Links, module: str, up: str = '') -> dict:
     "An output as it can be shown without a kernel: widgets give way to what else the output holds."
     if 'data' not in output: return output
     data = {kind: value for kind, value in output['data'].items() if 'widget' not in kind}
-    if 'text/markdown' in data: data = {'text/markdown': links.of(''.join(data['text/markdown']), module)}
+    if 'text/markdown' in data: data = {'text/markdown': links.of(''.join(data['text/markdown']), module, up)}
     return {**output, 'data': data}
 
 def anchor(notebook: Notebook, number: int) -> str: return f'cell-{notebook.module}-{number}'
@@ -142,12 +147,12 @@ def page_cells(notebook: Notebook, number: int, links: Links) -> list[dict]:
     "The cell as a reader should see it: without directives, with links, and with a place that the module's page leads to."
     cell = notebook.cells[number]
     said = directives(cell)
-    if cell['cell_type'] == 'markdown': return [markdown(links.of(source(cell), notebook.module))]
+    if cell['cell_type'] == 'markdown': return [markdown(links.of(source(cell), notebook.module, notebook.up))]
     if cell['cell_type'] != 'code' or 'hide' in said: return []
     code = shown_code(cell)
     if not code: return []
     tags = ['exported']*exported(cell) + ['remove-input']*('hide_input' in said)
-    outputs = [shown_output(output, links, notebook.module) for output in cell['outputs']]
+    outputs = [shown_output(output, links, notebook.module, notebook.up) for output in cell['outputs']]
     outputs = [output for output in outputs if output.get('data', True)]
     shown = dict(cell_type='code', metadata={'tags': tags}, source=code, outputs=outputs, execution_count=None)
     return [markdown(f'({anchor(notebook, number)})=')]*(number in notebook.cell_of.values()) + [shown]
@@ -216,26 +221,28 @@ def toctree(caption: str, lines: list[str]) -> str:
 
 def contents(notebooks: list[Notebook], stored: list[Notebook] = []) -> str:
     "The book's table of contents: the library notebooks in their order, the experiments and what they stored in results/, the modules."
-    groups = {name: [] for name in [*GROUPS, 'Experiments']}
+    groups = {heading: [] for heading in GROUPS.values()}
     for notebook in notebooks:
         if notebook.name == 'index': continue
-        number = re.match(r'\d+', notebook.number)
-        group = next(name for name, end in GROUPS.items() if int(number[0]) < end) if number else 'Experiments'
-        groups[group].append(f'{notebook.number + " " if number else ""}{notebook.title} <{notebook.name}>')
+        folder = notebook.name.rpartition('/')[0]
+        heading = GROUPS.get(folder or ('' if notebook.number else 'experiments'), folder)
+        groups.setdefault(heading, []).append(f'{notebook.number + " " if notebook.number else ""}{notebook.title} <{notebook.name}>')
     groups['Experiments'] += [f'{notebook.title} <results/{notebook.name}>' for notebook in stored]
     return '\n'.join(toctree(group, lines) for group, lines in groups.items() if lines) + '\n' + toctree('Reference', ['api/index'])
 
 def write_site(root: Path, target: Path, colab: Path, names: list[str] | None = None) -> None:
     "Write every page; `names` keeps to some of the notebooks."
     values = settings(root)
-    paths = [path for path in sorted((root/'nbs').glob('*.ipynb')) if names is None or path.stem in names]
-    notebooks, stored = ([read_notebook(path) for path in group] for group in (paths, sorted((root/'nbs'/'results').glob('*.ipynb'))))
+    nbs, kept = root/'nbs', ('results', '.ipynb_checkpoints', '_proc')
+    paths = [path for path in sorted(nbs.rglob('*.ipynb')) if not set(path.parts) & set(kept) and (names is None or path.stem in names)]
+    notebooks, stored = [read_notebook(path, nbs) for path in paths], [read_notebook(path) for path in sorted((nbs/'results').glob('*.ipynb'))]
     links, repository = Links(notebooks, values['lib_name']), github_repository(values)
     for folder in (target, colab): shutil.rmtree(folder, ignore_errors=True)
     (target/'api').mkdir(parents=True)
     for notebook in notebooks:
         page = notebook_page(notebook, links, repository)
         if notebook.name == 'index': page['cells'].append(dict(markdown(contents(notebooks, stored)), id='contents'))
+        (target/notebook.name).parent.mkdir(parents=True, exist_ok=True)
         (target/f'{notebook.name}.ipynb').write_text(json.dumps(page), encoding='utf-8')
         if notebook.module: (target/'api'/f'{notebook.module}.md').write_text(module_page(notebook, links), encoding='utf-8')
     (target/'api'/'index.md').write_text(modules_page(notebooks, links), encoding='utf-8')
@@ -245,6 +252,6 @@ def write_site(root: Path, target: Path, colab: Path, names: list[str] | None = 
     if not repository: return print(f'no Colab badges: {values["url"]} in settings.ini is not a repository on github.com')
     colab.mkdir(parents=True)
     for path in paths:
-        if path.stem != 'index': write_colab_copy(path, colab, repository, values)
+        if path.stem != 'index': write_colab_copy(path, colab/path.relative_to(nbs), repository, values)
 
 if __name__ == '__main__': write_site(*map(Path, sys.argv[1:4]))
