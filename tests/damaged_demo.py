@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from vicc.engine.io import find_project
-from vicc.engine.io import save_text
+from vicc.engine.io import write_text
 from vicc.manifests import read_manifest
 from vicc.prepare import reason
 from vicc.synthetic import make_moving_shapes
@@ -75,5 +75,5 @@ if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as name:
         result = damaged_demo(Path(name), values.share, tuple(values.videos), [word for pair in values.p for word in ('-p', *pair)])
     result['machine'] = f'{os.cpu_count()} CPU cores, {platform.machine()}'
-    save_text(values.out, json.dumps(result, indent=2))
+    write_text(values.out, json.dumps(result, indent=2))
     print(json.dumps(result, indent=2))

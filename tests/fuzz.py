@@ -13,7 +13,7 @@ import av
 from fuzz_texts import fuzz_texts
 from fuzz_videos import COLUMNS, PROBLEMS, fuzz_videos
 
-from vicc.engine.io import write_whole
+from vicc.engine.io import atomic_write
 
 def main(arguments: list[str] | None = None) -> int:
     "Run both kinds, write one row a kind of file and mutation. Returns 1 if there is any problem."
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         if count: rows += [dict(input=name) | dict.fromkeys(COLUMNS, 0) | row for row in fuzz(count, asked.seed, lambda line: print(line, flush=True))]
     facts = dict(seed=asked.seed, machine=f'{platform.machine()}, Python {platform.python_version()}', pyav=av.__version__,
                  ffmpeg=' '.join(f'{name} {".".join(map(str, number))}' for name, number in av.library_versions.items() if name in ('libavcodec', 'libavformat')))
-    with write_whole(asked.out) as part, part.open('w', newline='', encoding='utf-8') as file:
+    with atomic_write(asked.out) as part, part.open('w', newline='', encoding='utf-8') as file:
         table = csv.DictWriter(file, ['input', *COLUMNS, *facts], lineterminator='\n')
         table.writeheader()
         table.writerows(row | facts for row in rows)

@@ -39,13 +39,13 @@ from vicc.engine.io import find_project
 from vicc.alternation import claim_method, claim_videos, open_run, read_history
 from vicc.engine.checkpoint import INDEX, index_checksum, write_checkpoint
 from vicc.compare.finetune import load_progress, save_progress
-from vicc.engine.io import file_facts
+from vicc.engine.io import file_digest
 from vicc.engine.io import Isolated, WorkerDied
 from vicc.manifests import dataset_description, hmdb51_list, kinetics_table, read_manifest, ucf101_list, write_manifest
 from vicc.prepare import PrepareSettings, Store, check_settings, open_folder
 from vicc.prototypes import ProjectionQueue
 from vicc.evaluation import cached_parts
-from vicc.trainer import Stage, StageSettings, VICC
+from vicc.trainer import Stage, StageConfig, VICC
 from vicc.streams import CHECKSUMS, SAVED_FILES, Stream, load_released, load_stream, released_tensors, save_stream
 from vicc.trainer import Begun, load_checkpoint
 
@@ -190,7 +190,7 @@ class Toy:
     def __init__(self):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.settings, self.accelerator, self.stream, self.queue = StageSettings(), Accelerator(cpu=True), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), ProjectionQueue(2, 4, 3)
+            self.settings, self.accelerator, self.stream, self.queue = StageConfig(), Accelerator(cpu=True), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), ProjectionQueue(2, 4, 3)
             self.optimiser = torch.optim.AdamW(self.stream.parameters())
             self.stream(torch.randn(5, 4)).square().sum().backward()
             self.optimiser.step()
@@ -202,7 +202,7 @@ def sign_checkpoint(folder: Path) -> None:
     place = folder/'step-000000003'
     index = json.loads((place/INDEX).read_text())
     for name in index['files']:
-        if '/' not in name and (place/name).is_file(): index['files'][name] = file_facts(place/name)
+        if '/' not in name and (place/name).is_file(): index['files'][name] = file_digest(place/name)
     (place/INDEX).write_text(json.dumps(dict(index, checksum=index_checksum(index))))
 
 def make_checkpoint(folder: Path) -> None:
@@ -210,7 +210,7 @@ def make_checkpoint(folder: Path) -> None:
     history = [dict(stage='toy', epoch=1, loss=1.5, online_r1=math.nan)]
     write_checkpoint(folder, 3, dict(stage=toy.state(), history=history, facts=FACTS), dict(stage=toy.own_state(), begun=vars(Begun.after(2, meter, torch.device('cpu'), 1., .1))), toy.accelerator)
 
-def sign_stream(folder: Path) -> None: (folder/CHECKSUMS).write_text(json.dumps({name: file_facts(folder/name) for name in SAVED_FILES}))
+def sign_stream(folder: Path) -> None: (folder/CHECKSUMS).write_text(json.dumps({name: file_digest(folder/name) for name in SAVED_FILES}))
 
 def make_progress(folder: Path) -> None:
     toy = Toy()

@@ -27,7 +27,7 @@ from vicc.engine.io import find_project
 from vicc.alternation import new_streams
 from vicc.compare.finetune import FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, accuracy, classify
 from vicc.evaluation import evaluate_stream, two_stream_recall
-from vicc.engine.io import save_text, write_whole
+from vicc.engine.io import write_text, atomic_write
 from vicc.manifests import read_manifest
 from vicc.prepare import STREAMS, Store, prepare
 from vicc.synthetic import make_moving_shapes
@@ -62,8 +62,8 @@ def evaluate(folder: Path, output: Path) -> None:
         kept[title], history = classify(title, streams['rgb'], 'rgb', store, rows['train'], clips['test']['rgb'], classes, settings, output/title, recipe.clip_length, recipe.clip_stride, views, 'ten', 56,
                                         recipe.min_frames, cache_gib=0)
         numbers[title] = dict(right=accuracy(kept[title], labels['test']), history=history.drop(columns='clips_per_second').to_dict('list'))
-    with write_whole(output/'tensors.safetensors') as part: save_file({name: value.contiguous() for name, value in kept.items()}, part)
-    save_text(output/'numbers.json', json.dumps(numbers))
+    with atomic_write(output/'tensors.safetensors') as part: save_file({name: value.contiguous() for name, value in kept.items()}, part)
+    write_text(output/'numbers.json', json.dumps(numbers))
 
 def start(command: list[str], output: Path) -> subprocess.Popen:
     "Start an evaluation in the background; what it says goes to a file."

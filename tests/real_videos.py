@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from vicc.engine.io import save_text
+from vicc.engine.io import write_text
 from vicc.engine.io import Isolated
 from vicc.manifests import folder_manifest
 from vicc.prepare import PrepareSettings, prepare, reason
@@ -55,5 +55,5 @@ if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as name:
         result = real_videos(values.videos, Path(name)/'store', PrepareSettings(values.short_side, values.flow_method), values.workers)
     result['machine'] = f'{os.cpu_count()} CPU cores, {platform.machine()}'
-    save_text(values.out, json.dumps(result, indent=2))
+    write_text(values.out, json.dumps(result, indent=2))
     print(json.dumps(result, indent=2))

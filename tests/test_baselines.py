@@ -17,12 +17,12 @@ from vicc.augment import ViewSettings
 from vicc.compare.baselines import METHODS, ContrastiveStage, create_method, multi_positive_nce, recordings
 from vicc.data import TwoStreamClips, collate
 from vicc.manifests import read_manifest
-from vicc.trainer import Stage, StageSettings
+from vicc.trainer import Stage, StageConfig
 from vicc.streams import Stream, load_stream
-from vicc.trainer import TIMING, train_stage
+from vicc.trainer import TIMING, fit
 
 VALUES = dict(key_queue_length=12, key_momentum=.9, temperature=.1)
-SETTINGS = StageSettings(epochs=4, schedule_epochs=None, batch_size=8, optimiser='adamw', learning_rate=2e-3, final_learning_rate=1e-5, queue_length=0)
+SETTINGS = StageConfig(epochs=4, schedule_epochs=None, batch_size=8, optimiser='adamw', learning_rate=2e-3, final_learning_rate=1e-5, queue_length=0)
 unit = lambda rows: nn.functional.normalize(rows, dim=-1)
 
 @pytest.fixture(scope='module')
@@ -187,7 +187,7 @@ def test_mines_only_from_a_full_queue_and_in_the_other_stream(store, cpu):
 def run(store, cpu, folder, method, other, stop_at=None, lines=None):
     data, trained = clips(store), stream()
     if stop_at is not None: unplug(data.frames, stop_at)
-    history = train_stage('rgb-2', 'rgb', trained, data, SETTINGS, folder, other, cpu, log=(lines if lines is not None else []).append, method=method)
+    history = fit('rgb-2', 'rgb', trained, data, SETTINGS, folder, other, cpu, log=(lines if lines is not None else []).append, method=method)
     return trained.state_dict(), history.drop(columns=list(TIMING))
 
 @pytest.mark.parametrize('name', ['infonce', 'coclr'])

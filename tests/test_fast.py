@@ -10,9 +10,9 @@ from accelerate.state import AcceleratorState
 from vicc.backbones import create_backbone
 from vicc.bench import repeated_rows, small_store
 from vicc.data import TwoStreamClips, collate
-from vicc.fast.layers import fast_embed, make_fast, make_plain, mark_step
+from vicc.fast.layers import compile_embed, optimize_layers, restore_layers, mark_step
 from vicc.augment import ViewSettings
-from vicc.trainer import Stage, StageSettings
+from vicc.trainer import Stage, StageConfig
 from vicc.streams import Stream
 
 needs_compiler = pytest.mark.skipif(shutil.which('c++') is None, reason='no C++ compiler')
@@ -32,7 +32,7 @@ def new_stage(samples, device, compiled, backbone=('small', {'width': 8}), preci
     assert accelerator.device.type == device
     torch.manual_seed(0)
     rgb, flow = (Stream(backbone[0], 8, 16, backbone[1]) for _ in range(2))
-    stage = Stage('rgb', rgb, StageSettings(batch_size=8, queue_length=0, optimiser='sgd', learning_rate=0.1, freeze_prototypes_epochs=0), samples[0], accelerator, flow)
+    stage = Stage('rgb', rgb, StageConfig(batch_size=8, queue_length=0, optimiser='sgd', learning_rate=0.1, freeze_prototypes_epochs=0), samples[0], accelerator, flow)
     if compiled: stage.speed_up(graphs)
     stage.model.train()
     return stage
@@ -80,18 +80,18 @@ def test_the_other_stream_and_the_names_stay(samples):
     stream = Stream('small', 8, 16, {'width': 8})
     before, kinds = copy.deepcopy(stream.state_dict()), [type(layer) for layer in stream.modules()]
     clips = torch.randn(2, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0))
-    fast_embed(stream, compiled=False, frozen=True)(clips)
+    compile_embed(stream, compiled=False, frozen=True)(clips)
     assert [type(layer) for layer in stream.modules()] == kinds  # a frozen stream is copied
-    fast_embed(stream, compiled=False)(clips)
+    compile_embed(stream, compiled=False)(clips)
     assert [type(layer) for layer in stream.modules()] != kinds
-    assert [type(layer) for layer in make_plain(stream).modules()] == kinds and all(torch.equal(value, before[name]) for name, value in stream.state_dict().items() if 'running' not in name and 'tracked' not in name)
+    assert [type(layer) for layer in restore_layers(stream).modules()] == kinds and all(torch.equal(value, before[name]) for name, value in stream.state_dict().items() if 'running' not in name and 'tracked' not in name)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('name', ['s3d', 'r21d'])
 def test_fast_layers_on_a_gpu(name):
     plain = create_backbone(name).cuda().eval()
-    fast = make_fast(copy.deepcopy(plain))
+    fast = optimize_layers(copy.deepcopy(plain))
     clips = torch.randn(2, 3, 16, 64, 64, device='cuda').to(memory_format=torch.channels_last_3d)
     with torch.no_grad(): assert torch.allclose(plain(clips), fast(clips), rtol=1e-2, atol=1e-3)
 
@@ -99,7 +99,7 @@ def test_fast_layers_on_a_gpu(name):
 @pytest.mark.gpu
 def test_results_of_one_step_live_through_it():
     stream = Stream('small', 8, 16, {'width': 8}).cuda().train()
-    embed, generator = fast_embed(stream), torch.Generator('cuda').manual_seed(0)
+    embed, generator = compile_embed(stream), torch.Generator('cuda').manual_seed(0)
     for _ in range(4):
         mark_step()
         views = [torch.randn(4, 3, 8, 32, 32, device='cuda', generator=generator) for _ in range(2)]

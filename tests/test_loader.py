@@ -120,11 +120,11 @@ def test_a_slow_reader_is_not_taken_for_a_hanging_one(store, monkeypatch):
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != 'fork', reason='what a test replaces reaches workers by forking only')
 def test_a_file_is_hashed_once_for_all_workers(store, tmp_path, monkeypatch):
-    hashed, look = tmp_path/'hashed.txt', vicc.data.file_facts
+    hashed, look = tmp_path/'hashed.txt', vicc.data.file_digest
     def noted(file):
         with open(hashed, 'a') as lines: lines.write(f'{os.getpid()} {file}\n')
         return look(file)
-    monkeypatch.setattr(vicc.data, 'file_facts', noted)
+    monkeypatch.setattr(vicc.data, 'file_digest', noted)
     loader = training_loader(dataset(store), 2, 2)
     for epoch in range(3):  # each with new workers
         set_epoch(loader, epoch)

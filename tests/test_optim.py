@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vicc.engine.optim import LARC, create_optimiser, set_learning_rate
+from vicc.engine.optim import LARC, create_optimizer, set_learning_rate
 
 def test_no_waiting():
     "Fake tensors have no values, so reading one (as .item() or an if would) raises. Both paths must get through."
@@ -35,7 +35,7 @@ def test_closure():
     assert optimiser.step(closure).item() < 25
 
 def test_scale_survives_a_checkpoint():
-    make = lambda: create_optimiser('sgd', [dict(params=[nn.Parameter(torch.ones(1))], lr_scale=0.1), dict(params=[nn.Parameter(torch.ones(1))])], 0.1)
+    make = lambda: create_optimizer('sgd', [dict(params=[nn.Parameter(torch.ones(1))], lr_scale=0.1), dict(params=[nn.Parameter(torch.ones(1))])], 0.1)
     optimiser = make()
     optimiser.load_state_dict(make().state_dict())
     set_learning_rate(optimiser, 1.)

@@ -17,17 +17,17 @@ def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
     from vicc.augment import ViewSettings
     from vicc.engine.checkpoint import read_tree
     from vicc.data import TwoStreamClips
-    from vicc.trainer import StageSettings
+    from vicc.trainer import StageConfig
     from vicc.streams import Stream
-    from vicc.trainer import train_stage
+    from vicc.trainer import fit
     accelerator = Accelerator(cpu=True)
     dataset = TwoStreamClips(Store(folder/'store'), None, ('flow',), 8, views=ViewSettings(size=16))
     if stop: unplug(dataset.frames, 2*8 + 5)  # in the third epoch: each process reads 8 of the 16 videos an epoch
-    settings = StageSettings(epochs=3, schedule_epochs=None, batch_size=4, optimiser='adamw', learning_rate=1e-3, final_learning_rate=1e-5, freeze_prototypes_epochs=0,
+    settings = StageConfig(epochs=3, schedule_epochs=None, batch_size=4, optimiser='adamw', learning_rate=1e-3, final_learning_rate=1e-5, freeze_prototypes_epochs=0,
                              queue_length=16, queue_start_epoch=0)
     torch.manual_seed(0)
     stream = Stream('small', 8, 16, {'width': 4, 'multipliers': [1, 2], 'spatial_strides': [2, 2], 'temporal_strides': [2, 2]})
-    train_stage('flow-1', 'flow', stream, dataset, settings, folder/where, accelerator=accelerator, log=lambda line: None)
+    fit('flow-1', 'flow', stream, dataset, settings, folder/where, accelerator=accelerator, log=lambda line: None)
     checkpoint = read_tree(folder/where/'step-000000006', f'process-{accelerator.process_index}')
     return stream.state_dict(), checkpoint['stage']['queue']
 

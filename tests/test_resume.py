@@ -13,12 +13,12 @@ from kill_training import differences, kill_training, prepare_run, start, steps_
 from vicc.augment import ViewSettings
 from vicc.engine.checkpoint import INDEX, checkpoint_folders
 from vicc.data import TwoStreamClips
-from vicc.engine.distributed import Stopped
-from vicc.trainer import Stage, StageSettings
+from vicc.engine.distributed import Interrupted
+from vicc.trainer import Stage, StageConfig
 from vicc.streams import Stream
-from vicc.trainer import TIMING, Upkeep, train_stage
+from vicc.trainer import TIMING, RunConfig, fit
 
-SETTINGS = StageSettings(epochs=3, schedule_epochs=None, batch_size=4, optimiser='larc', learning_rate=.3, final_learning_rate=1e-3, freeze_prototypes_epochs=1, queue_length=8, queue_start_epoch=0)
+SETTINGS = StageConfig(epochs=3, schedule_epochs=None, batch_size=4, optimiser='larc', learning_rate=.3, final_learning_rate=1e-3, freeze_prototypes_epochs=1, queue_length=8, queue_start_epoch=0)
 STEPS = 4  # an epoch
 
 @pytest.fixture(scope='module')
@@ -28,12 +28,12 @@ class Dropping(Stream):
     "A stream with dropout, so that torch's generator matters."
     def features(self, clips): return torch.nn.functional.dropout(super().features(clips), .3, self.training)
 
-def train(store, folder, stop_at=None, settings=SETTINGS, upkeep=Upkeep(save_every_steps=1), lines=None, workers=0, **values):
+def train(store, folder, stop_at=None, settings=SETTINGS, upkeep=RunConfig(save_every_steps=1), lines=None, workers=0, **values):
     data = TwoStreamClips(store, None, ('flow',), 8, views=ViewSettings(size=32))
     if stop_at is not None: unplug(data.frames, stop_at)
     torch.manual_seed(0)
     stream = Dropping('small', 6, 8, {'width': 4})
-    history = train_stage('flow-1', 'flow', stream, data, settings, folder, accelerator=Accelerator(cpu=True), workers=workers, log=(lines if lines is not None else []).append, upkeep=upkeep, **values)
+    history = fit('flow-1', 'flow', stream, data, settings, folder, accelerator=Accelerator(cpu=True), workers=workers, log=(lines if lines is not None else []).append, upkeep=upkeep, **values)
     return stream.state_dict(), history.drop(columns=list(TIMING))
 
 @pytest.fixture(scope='module')
@@ -48,7 +48,7 @@ def test_a_kill_at_every_step(store, tmp_path, unbroken, step):
     assert f'after epoch {step//STEPS}' in lines[0] and (f'and {step % STEPS} steps' in lines[0]) == (step % STEPS > 0)
 
 def test_saving_within_an_epoch_changes_nothing(store, tmp_path, unbroken):
-    assert_same(unbroken, train(store, tmp_path, upkeep=Upkeep(check_every=1)))
+    assert_same(unbroken, train(store, tmp_path, upkeep=RunConfig(check_every=1)))
 
 def test_in_parts_too(store, tmp_path):
     settings = replace(SETTINGS, accumulate=2)
@@ -84,7 +84,7 @@ def test_all_damaged_or_old_or_of_other_settings(store, tmp_path):
     with pytest.raises(ValueError, match='older version'): train(store, tmp_path/'old')
 
 def test_no_pickle_and_as_many_as_asked(store, tmp_path):
-    train(store, tmp_path, upkeep=Upkeep(keep_checkpoints=3))
+    train(store, tmp_path, upkeep=RunConfig(keep_checkpoints=3))
     assert [path.name for path in checkpoint_folders(tmp_path)] == ['step-000000012', 'step-000000008', 'step-000000004']
     assert {path.suffix for path in tmp_path.rglob('*') if path.is_file()} == {'.json', '.safetensors'}
 
@@ -98,8 +98,8 @@ def test_asked_to_end(store, tmp_path, unbroken, number, monkeypatch):
         step(self, batch, epoch, meter)
     monkeypatch.setattr(Stage, 'step', slow)
     before = signal.getsignal(number)
-    with pytest.raises(Stopped, match='saved after step 2 of epoch 2. Start the same command again') as stopped:
-        train(store, tmp_path, upkeep=Upkeep())
+    with pytest.raises(Interrupted, match='saved after step 2 of epoch 2. Start the same command again') as stopped:
+        train(store, tmp_path, upkeep=RunConfig())
     assert stopped.value.code == 143 and len(seen) == 6 and signal.getsignal(number) == before
     monkeypatch.undo()
     assert_same(unbroken, train(store, tmp_path))

@@ -13,7 +13,7 @@ from test_prepare import QUIET, SETTINGS, contents
 from test_video import noise
 
 from vicc import prepare as module
-from vicc.engine.io import StorageError, folder_lock, save_text
+from vicc.engine.io import StorageError, folder_lock, write_text
 from vicc.engine.io import Crew, Isolated, Limits, WorkerDied
 from vicc.prepare import Store, prepare
 from vicc.synthetic import make_moving_shapes
@@ -51,8 +51,8 @@ def test_a_full_disk_on_the_command_line(shapes, small_disk, capsys):
     assert ended.value.code == 2 and 'make room' in capsys.readouterr().err
 
 def test_a_full_disk_keeps_the_old_file(small_disk):
-    save_text(small_disk/'log.csv', 'old')
-    with pytest.raises(StorageError): save_text(small_disk/'log.csv', 'x'*400_000)
+    write_text(small_disk/'log.csv', 'old')
+    with pytest.raises(StorageError): write_text(small_disk/'log.csv', 'x'*400_000)
     assert (small_disk/'log.csv').read_text() == 'old' and os.listdir(small_disk) == ['log.csv']
 
 def test_a_disk_that_may_only_be_read(shapes, whole, small_disk):

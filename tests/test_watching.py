@@ -17,12 +17,12 @@ from vicc.compare.baselines import create_method
 from vicc.engine.checkpoint import checkpoint_folders
 from vicc.data import TwoStreamClips
 from vicc.prepare import Store
-from vicc.trainer import Stage, StageSettings
+from vicc.trainer import Stage, StageConfig
 from vicc.streams import Stream
-from vicc.trainer import Upkeep, train_stage
+from vicc.trainer import RunConfig, fit
 
 TINY = replace(DEMO, single_epochs_rgb=2, single_epochs_flow=1, cycles=0, single_batch_size=4, num_prototypes=6, projection_dim=8, backbone_options={'width': 4})
-SETTINGS = StageSettings(epochs=3, schedule_epochs=None, batch_size=4, optimiser='adamw', learning_rate=1e-3, final_learning_rate=1e-5, queue_length=0)
+SETTINGS = StageConfig(epochs=3, schedule_epochs=None, batch_size=4, optimiser='adamw', learning_rate=1e-3, final_learning_rate=1e-5, queue_length=0)
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory): return shapes_store(tmp_path_factory.mktemp('shapes'))
@@ -33,7 +33,7 @@ def cpu(): return Accelerator(cpu=True)
 def train(store, cpu, folder, settings=SETTINGS, lines=None, **values):
     torch.manual_seed(0)
     data, stream = TwoStreamClips(store, None, ('flow',), 8, views=ViewSettings(size=32)), Stream('small', 6, 8, {'width': 4})
-    return train_stage('flow-1', 'flow', stream, data, settings, folder, accelerator=cpu, log=(lines if lines is not None else []).append, **values)
+    return fit('flow-1', 'flow', stream, data, settings, folder, accelerator=cpu, log=(lines if lines is not None else []).append, **values)
 
 def test_a_line_and_a_row_an_epoch(store, cpu, tmp_path):
     lines = []
@@ -60,7 +60,7 @@ def test_nan_stops_at_the_next_look(store, cpu, tmp_path, monkeypatch):
         if len(seen) == 6: self.stream.head[0].weight.data[0, 0] = math.nan
         step(self, batch, epoch, meter)
     monkeypatch.setattr(Stage, 'step', spoiled)
-    with pytest.raises(ValueError, match='the loss or a weight of epoch 2 is infinite or not a number: lower the learning rate .0.001'): train(store, cpu, tmp_path, upkeep=Upkeep(check_every=2))
+    with pytest.raises(ValueError, match='the loss or a weight of epoch 2 is infinite or not a number: lower the learning rate .0.001'): train(store, cpu, tmp_path, upkeep=RunConfig(check_every=2))
     assert len(seen) == 6
     assert [path.name for path in checkpoint_folders(tmp_path)] == ['step-000000004']  # nothing was saved since
     seen.clear()
@@ -74,15 +74,15 @@ def test_a_bad_loss_is_never_saved(store, cpu, tmp_path, monkeypatch):
         seen.append(epoch)
         if len(seen) == 3: meter.loss += math.inf
     monkeypatch.setattr(Stage, 'step', spoiled)
-    with pytest.raises(ValueError, match='infinite or not a number'): train(store, cpu, tmp_path, upkeep=Upkeep(save_every_steps=1))
+    with pytest.raises(ValueError, match='infinite or not a number'): train(store, cpu, tmp_path, upkeep=RunConfig(save_every_steps=1))
     assert [path.name for path in checkpoint_folders(tmp_path)] == ['step-000000002', 'step-000000001']
 
 def test_the_device_is_not_asked_at_every_step(store, cpu, tmp_path, monkeypatch):
     import vicc.trainer
     asked = []
     monkeypatch.setattr(vicc.trainer, 'anywhere', lambda accelerator, *answers: asked.append(len(answers)) or [0]*len(answers))
-    monkeypatch.setattr(vicc.trainer, 'added_up', vicc.trainer.anywhere)
-    train(store, cpu, tmp_path, upkeep=Upkeep(check_every=3))
+    monkeypatch.setattr(vicc.trainer, 'all_reduce_sum', vicc.trainer.anywhere)
+    train(store, cpu, tmp_path, upkeep=RunConfig(check_every=3))
     assert asked == [3, 2, 1, 1]*3  # once after the third of four steps, and at the end of an epoch: what was replaced, before it is saved, and after
 
 def test_a_bad_run_goes_on_with_another_learning_rate_if_that_is_accepted(store, cpu, tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_collapse_stops_after_patience_and_can_go_on(store, cpu, tmp_path, monke
     import vicc.trainer
     monkeypatch.setattr(vicc.trainer, 'collapsed', lambda row: row['epoch'] > 1)
     settings = replace(SETTINGS, epochs=6)
-    with pytest.raises(ValueError, match='collapsed for 2 epochs .*Lower the learning rate.*patience=0 goes on'): train(store, cpu, tmp_path, settings, upkeep=Upkeep(patience=2))
+    with pytest.raises(ValueError, match='collapsed for 2 epochs .*Lower the learning rate.*patience=0 goes on'): train(store, cpu, tmp_path, settings, upkeep=RunConfig(patience=2))
     lines = []
     assert len(train(store, cpu, tmp_path, settings, lines)) == 6
     assert lines[0] == 'flow-1: going on after epoch 3 of 6'
@@ -113,7 +113,7 @@ def test_collapse_stops_after_patience_and_can_go_on(store, cpu, tmp_path, monke
 def test_a_stream_without_learning_is_a_collapse(store, cpu, tmp_path, monkeypatch):
     "All clips at one point: every prototype gets the same score."
     monkeypatch.setattr(Stream, 'embed', lambda self, clips: torch.nn.functional.normalize(self.head[0].weight[:1, :8].expand(len(clips), 8), dim=1))
-    with pytest.raises(ValueError, match='collapsed for 2 epochs'): train(store, cpu, tmp_path, upkeep=Upkeep(patience=2))
+    with pytest.raises(ValueError, match='collapsed for 2 epochs'): train(store, cpu, tmp_path, upkeep=RunConfig(patience=2))
 
 def test_out_of_memory_names_what_can_be_smaller(store, cpu, tmp_path, monkeypatch):
     def full(self, batch, epoch, meter): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\nmore')

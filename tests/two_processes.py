@@ -29,16 +29,16 @@ def losses(folder: Path, case: str, accelerator, compiled: bool) -> tuple[list[f
     "The losses of 20 steps (an epoch is one step of 16 videos), and the first layer at the end."
     from vicc.augment import ViewSettings
     from vicc.data import TwoStreamClips
-    from vicc.trainer import StageSettings
-    from vicc.trainer import Upkeep, train_stage
+    from vicc.trainer import StageConfig
+    from vicc.trainer import RunConfig, fit
     values = dict(sync_batchnorm=True, **CASES[case]) if 'sync_batchnorm' not in CASES[case] else CASES[case]
-    settings = StageSettings(epochs=STEPS, schedule_epochs=None, batch_size=16//accelerator.num_processes, optimiser='larc', learning_rate=.6, final_learning_rate=.01, freeze_prototypes_epochs=2,
+    settings = StageConfig(epochs=STEPS, schedule_epochs=None, batch_size=16//accelerator.num_processes, optimiser='larc', learning_rate=.6, final_learning_rate=.01, freeze_prototypes_epochs=2,
                              queue_start_epoch=0, **values)
     dataset = TwoStreamClips(Store(folder/'store'), None, ('rgb', 'flow'), 8, views=ViewSettings(size=32))
     torch.manual_seed(0)
     stream, other = network(), network() if case.startswith('cross') else None
-    history = train_stage('flow', 'flow', stream, dataset, settings, folder/f'{case}-{accelerator.num_processes}', other, accelerator, log=lambda line: None,
-                          upkeep=Upkeep(compile=compiled))
+    history = fit('flow', 'flow', stream, dataset, settings, folder/f'{case}-{accelerator.num_processes}', other, accelerator, log=lambda line: None,
+                          upkeep=RunConfig(compile=compiled))
     return history.loss.tolist(), next(stream.parameters()).detach()
 
 def work(rank: int, folder: str, processes: int, compiled: bool) -> None:

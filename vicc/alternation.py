@@ -31,14 +31,18 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import str_to_bool
 
 from .data import TestClips, TwoStreamClips
-from .engine.distributed import meet_again, stop_on_signals, Stopped, wait_at_most
-from .engine.io import folder_lock, gone, plain_yaml, read_yaml, save_text, shown, yaml_text
+from vicc.engine.distributed import (
+    handle_preemption, Interrupted, meet_again, set_collective_timeout,
+)
+from vicc.engine.io import (
+    folder_lock, load_yaml, missing_folder, read_yaml, short_repr, write_text, yaml_text,
+)
 from .evaluation import OnlineRetrieval
 from .manifests import read_manifest, read_rows, split_manifest
 from .prepare import cores, prepare, Store, STREAMS
 from .recipe import number_in, PlannedStage, Recipe, UPKEEP
 from .streams import load_stream, save_stream, Stream
-from .trainer import Method, train_stage, VICC, videos_hash, Watcher
+from .trainer import dataset_fingerprint, fit, Method, MetricLogger, VICC
 
 # %% ../nbs/08_alternation.ipynb #291a19cf
 def new_streams(
@@ -99,8 +103,8 @@ def claim_videos(
     folder: Path,  # of the run
 ) -> str:  # the text of its file
     "What training_videos.csv says of these videos. Raises ValueError if the folder holds a run on others."
-    file, own = folder/'training_videos.csv', videos_hash(rows)
-    if file.is_file() and (found := videos_hash(read_table(file, ['video']))) != own:
+    file, own = folder/'training_videos.csv', dataset_fingerprint(rows)
+    if file.is_file() and (found := dataset_fingerprint(read_table(file, ['video']))) != own:
         raise ValueError(f'{folder} holds a run on other videos (hash {found}, now {own}): choose another folder')
     return rows[['video']].to_csv(index=False)
 
@@ -112,7 +116,7 @@ def claim_method(
     "What method.yaml says of a method. Raises ValueError if the folder holds a run of another one."
     file, own = folder/'method.yaml', dict(name=method.name, taught=method.taught, values=dict(method.values))
     found = read_yaml(file) if file.is_file() else own
-    other = [f'{key} was {shown(found.get(key))}, is {shown(value)}' for key, value in own.items() if found.get(key) != value]
+    other = [f'{key} was {short_repr(found.get(key))}, is {short_repr(value)}' for key, value in own.items() if found.get(key) != value]
     if other: raise ValueError(f'{folder} holds a run of another method ({"; ".join(other)}): choose another folder')
     return yaml_text(own)
 
@@ -150,7 +154,7 @@ def finish_stage(
     "Save a stage's result and drop its checkpoints."
     accelerator.wait_for_everyone()  # nobody may still need the checkpoints
     if accelerator.is_main_process:
-        save_text(place/'history.csv', history.to_csv(index=False))
+        write_text(place/'history.csv', history.to_csv(index=False))
         save_stream(stream, place/'stream')
         shutil.rmtree(place/'checkpoints', ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -180,7 +184,7 @@ def write_facts(
     if changes := changed_values(recipe, folder): texts['changes.csv'] = changes_text(changes, folder)
     accelerator.wait_for_everyone()  # all have read what was there
     if not accelerator.is_main_process: return
-    for name, text in texts.items(): save_text(folder/name, text)
+    for name, text in texts.items(): write_text(folder/name, text)
     recipe.write(folder/'recipe.yaml')  # after changes.csv: a kill in between writes a change twice rather than never
     for name, stream in streams.items(): save_stream(stream, folder/'stages'/'random'/name)
 
@@ -207,19 +211,19 @@ def alternate(
     train: Sequence[str] = STREAMS,  # only these streams; a method that is taught needs both
     accept_changes: bool = False,  # go on with other CHANGEABLE_VALUES than the run began with
 ) -> pd.DataFrame:  # the history: a row for every epoch of every stage
-    "Train the streams as the recipe says, or go on with it. Raises ValueError for another recipe in the folder, a store made with other settings, or a second run in the same folder; Stopped (exit code 143) on SIGTERM."
+    "Train the streams as the recipe says, or go on with it. Raises ValueError for another recipe in the folder, a store made with other settings, or a second run in the same folder; Interrupted (exit code 143) on SIGTERM."
     folder, accelerator = Path(folder), accelerator or Accelerator(mixed_precision=recipe.mixed_precision)
     check_start(method, train, accelerator)
     recipe.check_store(store)
-    watcher = Watcher(folder, recipe.upkeep(), asdict(recipe))
-    with folder_lock(folder) if accelerator.is_main_process else nullcontext(), stop_on_signals() as request:
+    watcher = MetricLogger(folder, recipe.upkeep(), asdict(recipe))
+    with folder_lock(folder) if accelerator.is_main_process else nullcontext(), handle_preemption() as request:
         streams = open_run(recipe, folder, accept_changes)
         rows, online = online_split(recipe, store, store.manifest if rows is None else rows, train)
         dataset = TwoStreamClips(store, rows, train, recipe.clip_length, recipe.clip_stride, recipe.view_settings(), recipe.seed, recipe.cache_gib)
         write_facts(recipe, folder, streams, dataset.rows, method, accelerator)
         for number, stage in enumerate(recipe.plan()):
             place = stage_folder(folder, number, stage)
-            if accelerator.is_main_process and not (folder/'recipe.yaml').is_file(): raise gone(f'{folder} is not there any more')
+            if accelerator.is_main_process and not (folder/'recipe.yaml').is_file(): raise missing_folder(f'{folder} is not there any more')
             if stage.name not in train: continue
             if (place/'stream').is_dir() and (place/'history.csv').is_file():
                 streams[stage.name] = load_stream(place/'stream')
@@ -229,7 +233,7 @@ def alternate(
             other = streams[STREAMS[1 - STREAMS.index(stage.name)]] if stage.cycle and method.taught else None
             streams[stage.name].requires_grad_(True)
             dataset.seed, dataset.streams = recipe.seed*1000 + number, STREAMS if other is not None else (stage.name,)  # orders of its own, and only what it needs
-            history = train_stage(stage.title, stage.name, streams[stage.name], dataset, stage.settings, place/'checkpoints', other, accelerator, recipe.workers, log, log_every, method, online,
+            history = fit(stage.title, stage.name, streams[stage.name], dataset, stage.settings, place/'checkpoints', other, accelerator, recipe.workers, log, log_every, method, online,
                                   recipe.upkeep(), watcher, request, accept_changes)
             streams[stage.name] = finish_stage(place, streams[stage.name], history, accelerator)
             watcher.stage_done(history)
@@ -255,7 +259,7 @@ def main(
     try:
         if wrong := [change for change in values.set if '=' not in change]: raise ValueError(f"--set {wrong[0]}: write name=value")
         if not (values.videos or values.prepared): raise ValueError('say where the videos are: --videos FOLDER; or that the store is finished: --prepared')
-        recipe = Recipe.read(values.recipe, **{name: plain_yaml(value, f'--set {name}') for name, value in (change.split('=', 1) for change in values.set)})
+        recipe = Recipe.read(values.recipe, **{name: load_yaml(value, f'--set {name}') for name, value in (change.split('=', 1) for change in values.set)})
         patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # the others wait while process 0 prepares the store, on all cores
         meet_again('nccl' if torch.cuda.is_available() and not str_to_bool(os.environ.get('ACCELERATE_USE_CPU', 'false')) else 'gloo', timedelta(days=7))
         accelerator, rows = Accelerator(mixed_precision=recipe.mixed_precision, kwargs_handlers=[patience]), read_manifest(values.manifest)
@@ -264,9 +268,9 @@ def main(
             everyones = cores()*int(os.environ.get('LOCAL_WORLD_SIZE', 1))
             mine = accelerator.is_main_process and not values.prepared
             store = prepare(rows, values.videos, place, recipe.prepare_settings(), everyones, follow_links=values.follow_links) if mine else Store(place)
-        wait_at_most(timedelta(hours=1))  # longer than an evaluation or a compiler takes: a process that is lost is found out
+        set_collective_timeout(timedelta(hours=1))  # longer than an evaluation or a compiler takes: a process that is lost is found out
         alternate(recipe, store, values.output, store.select(rows), accelerator, accept_changes=values.accept_changes)
-    except Stopped as stopped:
+    except Interrupted as stopped:
         print(stopped.message, flush=True)
         raise
     except KeyboardInterrupt: parser.exit(130, f'{parser.prog}: interrupted; what was saved is whole. Start the same command again to go on\n')
@@ -287,10 +291,10 @@ def launch(
     accept_changes: bool = False,  # as of alternate
     log: Callable[[str], None] = print,  # where their lines go
 ) -> None:
-    "Run `alternate` in several processes of this machine. Raises ValueError with their last lines if they fail, Stopped if they were asked to end."
+    "Run `alternate` in several processes of this machine. Raises ValueError with their last lines if they fail, Interrupted if they were asked to end."
     folder = Path(folder)
     recipe.write(folder/'launched.yaml')
-    save_text(folder/'launched.csv', rows.to_csv(index=False))
+    write_text(folder/'launched.csv', rows.to_csv(index=False))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m', 'vicc.alternation', '--recipe', folder/'launched.yaml', '--manifest', folder/'launched.csv',
                '--prepared', '--output', folder, '--store', store.path, *(['--accept-changes'] if accept_changes else [])]
     alone = {} if torch.cuda.is_available() else dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS=str(max(1, cores()//processes)))
@@ -303,5 +307,5 @@ def launch(
         except BaseException:
             run.send_signal(signal.SIGTERM)  # they save and leave
             raise
-    if run.returncode and any('Start the same command again to go on' in line for line in told): raise Stopped(told[-1])
+    if run.returncode and any('Start the same command again to go on' in line for line in told): raise Interrupted(told[-1])
     if run.returncode: raise ValueError(f'training in {processes} processes failed:\n' + '\n'.join(told))

@@ -47,13 +47,13 @@ from vicc.flow import (
 )
 from .manifests import read_manifest, UCF101_COUNTS, video_files
 from vicc.prepare import (
-    finish, open_folder, package_version, prepare_video, PrepareSettings, save_text, Store,
-    STREAMS,
+    finish, open_folder, package_version, prepare_video, PrepareSettings, Store, STREAMS,
+    write_text,
 )
 from .recipe import Recipe
 from .streams import Stream
 from .synthetic import draw_scene, make_moving_shapes, render, ShapesSettings
-from .trainer import Stage, StageSettings, train_epoch
+from .trainer import Stage, StageConfig, train_epoch
 from .video import decoded_frames, to_rgb
 
 # %% ../nbs/fast/bench.ipynb #25b7a369
@@ -309,7 +309,7 @@ def new_stage(
 ) -> Stage:  # at its beginning
     "A stage of RGB with random weights, ready for steps."
     streams = [Stream(backbone, num_prototypes, backbone_options=dict(options or {})) for _ in range(2 if kind == 'cross' else 1)]
-    stage = Stage('rgb', streams[0], StageSettings(batch_size=batch_size, queue_length=0), dataset, accelerator, *streams[1:])
+    stage = Stage('rgb', streams[0], StageConfig(batch_size=batch_size, queue_length=0), dataset, accelerator, *streams[1:])
     stage.model.train()
     return stage
 
@@ -660,7 +660,7 @@ def run(
         if store is None and set(parts) - {'flow'}: store = small_store(folder, height=height, width=width, num_frames=max(32, 2*settings.clip_length))
         for row in bench_parts(parts, settings, store):
             rows.append(row)
-            if output: save_text(Path(output), json.dumps(dict(machine=facts, rows=rows), indent=2))
+            if output: write_text(Path(output), json.dumps(dict(machine=facts, rows=rows), indent=2))
     table = pd.DataFrame(rows)
     table.attrs['machine'] = facts
     return table

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Box', 'TIMED_OUT', 'RawClip', 'cut_planes', 'known_picture', 'wanted_pictures', 'read_planes', 'planes_to_rgb',
-           'around', 'CheckedFiles', 'Frames', 'unpack', 'lay_out_plainly', 'lay_out', 'ClipBatch', 'empty_block',
+           'bounding_box', 'CheckedFiles', 'Frames', 'unpack', 'lay_out_plainly', 'lay_out', 'ClipBatch', 'empty_block',
            'pack_clips', 'sample_generator', 'DrawnVideos', 'RandomClips', 'cut_box', 'TwoStreamClips', 'pad_frames',
            'collate', 'EpochOrder', 'worker_died', 'silence', 'check_shared_memory', 'WatchedLoader', 'ClipLoader',
            'training_loader', 'set_epoch', 'ServedSamples', 'EpochBatches', 'epoch_batches', 'TestClips', 'TestVideos']
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info, Sampler
 
 from .augment import draw_pair, ViewSettings, working_kernel
-from .engine.io import file_facts
+from .engine.io import file_digest
 from .prepare import read_checksums, Store, STREAMS
 from vicc.video import (
     clip_indices, existing_file, open_container, random_clip_start, test_clip_indices,
@@ -137,7 +137,7 @@ def planes_to_rgb(
     return pixels
 
 # %% ../nbs/02_data.ipynb #b8f8437b
-def around(
+def bounding_box(
     boxes: Sequence[Box],  # one or more
 ) -> Box:  # the smallest that holds all
     "One box for several."
@@ -169,7 +169,7 @@ class CheckedFiles:
         "Looks once, for this process and those it starts, whether a file is what `prepare` wrote. Raises VideoError if not, FileNotFoundError."
         file, number = self.store.file(video, stream), self.numbers.get((video, stream))
         if number is None or self.found_sound[number]: return file  # nothing to compare it with, or done
-        if file_facts(existing_file(file)) != self.checksums[video, stream]: raise VideoError(f'{file} was changed since it was made (its checksum is another): prepare this video again')
+        if file_digest(existing_file(file)) != self.checksums[video, stream]: raise VideoError(f'{file} was changed since it was made (its checksum is another): prepare this video again')
         self.found_sound[number] = 1
         return file
 
@@ -222,7 +222,7 @@ class Frames(CheckedFiles):
         "Clips of one video: planes if they must be decoded, pixels if they are kept. Raises VideoError and FileNotFoundError."
         clips = read_planes(self.sound(video, stream), stream, wanted) if self.kept is None else None
         if clips is not None: return clips
-        top, left, height, width = around([box for _, box in wanted])
+        top, left, height, width = bounding_box([box for _, box in wanted])
         frames = np.concatenate([indices for indices, _ in wanted])
         if self.kept is not None: pixels = self.read(video, stream, frames, (top, left, height, width))
         else: pixels = self.whole(video, stream)[frames, top:top + height, left:left + width]  # an odd file, which is not for decord: a damaged one could crash it

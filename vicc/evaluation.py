@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, Subset
 from .augment import apply_view, ViewSettings
 from .data import TestClips, TestVideos
 from .engine.checkpoint import weights_hash
-from .engine.io import explained, progress, save_text, write_whole
-from .fast.layers import frozen_copy, make_fast
+from .engine.io import atomic_write, disk_errors, progress, write_text
+from .fast.layers import inference_copy, optimize_layers
 from .manifests import check_parts, read_manifest
 from .prepare import Store, STREAMS
 from .prototypes import sinkhorn
@@ -150,9 +150,9 @@ def evaluation_copy(
     network: nn.Module,  # a stream or a classifier, on its device
 ) -> nn.Module:  # in eval mode, without gradients
     "A copy that computes the same to rounding, faster. Where batch norm cannot be folded, it stays."
-    frozen = frozen_copy(network)
+    frozen = inference_copy(network)
     for layer in frozen.modules():
-        if isinstance(layer, nn.MaxPool3d): make_fast(layer)  # on a CPU they are already
+        if isinstance(layer, nn.MaxPool3d): optimize_layers(layer)  # on a CPU they are already
     return frozen
 
 def view_batches(
@@ -267,14 +267,14 @@ def cached_parts(
 ) -> Tensor:  # [videos, ...] of all parts
     "Compute part after part, and read from `folder` what it has already. A damaged part is computed again."
     place, answers = Path(folder)/hashlib.sha256(facts.encode()).hexdigest()[:16], []
-    with explained(place): place.mkdir(parents=True, exist_ok=True)
+    with disk_errors(place): place.mkdir(parents=True, exist_ok=True)
     for part in parts:
         file = place/f'clips-{part.start:08d}-{part.stop:08d}.safetensors'
         wait()
         answers.append(found if (found := read_part(file)) is not None else compute(part))
         if write and found is None:
             values = answers[-1].contiguous()
-            with write_whole(file) as beside: save_file({'values': values}, beside, {'sha256': values_hash(values)})
+            with atomic_write(file) as beside: save_file({'values': values}, beside, {'sha256': values_hash(values)})
     return torch.cat(answers)
 
 # %% ../nbs/09_evaluation.ipynb #6d95bdb4
@@ -482,6 +482,6 @@ def main(
         table = evaluate_files(streams, Store(values.store), read_manifest(values.gallery), read_manifest(values.queries), Recipe.read(values.recipe), device=values.device, cache=values.cache)
     except (ValueError, FileNotFoundError) as error: parser.exit(2, f'{parser.prog}: {error}\n')
     print((100*table).round(1).to_string())
-    if values.output: save_text(values.output, table.to_csv())
+    if values.output: write_text(values.output, table.to_csv())
 
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .engine.io import write_whole
+from .engine.io import atomic_write
 
 # %% ../nbs/01_flow.ipynb #6ef7b233
 SMALLEST_SIDE = 16  # pixels; below this a frame is too small for any of the methods
@@ -533,4 +533,4 @@ def write_flo(
     flow, path = _numpy(flow), Path(path)
     if flow.ndim != 3 or flow.shape[0] != 2: raise ValueError(f'flow has shape {flow.shape}: a .flo file holds one field, [2, H, W]')
     header = np.float32(FLO_MAGIC).astype('<f4').tobytes() + np.array(flow.shape[:0:-1], '<i4').tobytes()
-    with write_whole(path) as part: part.write_bytes(header + np.nan_to_num(flow, nan=1e10).astype('<f4').transpose(1, 2, 0).tobytes())
+    with atomic_write(path) as part: part.write_bytes(header + np.nan_to_num(flow, nan=1e10).astype('<f4').transpose(1, 2, 0).tobytes())

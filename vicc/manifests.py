@@ -23,7 +23,7 @@ from typing import Any, Callable, Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from .engine.io import read_text, read_yaml, shown, write_whole
+from .engine.io import atomic_write, read_text, read_yaml, short_repr
 
 # %% ../nbs/datasets/manifests.ipynb #a531ac27
 COLUMNS = {'video': '', 'label': -1, 'class_name': '', 'group': '', 'num_frames': 0, 'fps': 0.0, 'width': 0, 'height': 0}  # with the value for "not known"
@@ -163,7 +163,7 @@ def write_manifest(
 ) -> None:
     "Write a manifest, which appears whole or not at all. Raises ValueError as check_manifest does."
     checked = check_manifest(manifest, f'manifest for {path}')
-    with write_whole(path) as part: checked.to_csv(part, index=False, lineterminator='\n')
+    with atomic_write(path) as part: checked.to_csv(part, index=False, lineterminator='\n')
 
 # %% ../nbs/datasets/manifests.ipynb #ebd0ff9b
 def leads_out(
@@ -418,9 +418,9 @@ def ucf101_list(
         if not line.strip(): continue
         name, *label = line.split()
         row = ucf101_row(name)
-        if row is None: raise ValueError(f"{path}: line {number}: {shown(name)} is no clip of the 101 classes (v_<Class>_g<group>_c<clip>.avi): fetch the list again")
+        if row is None: raise ValueError(f"{path}: line {number}: {short_repr(name)} is no clip of the 101 classes (v_<Class>_g<group>_c<clip>.avi): fetch the list again")
         if label and label != [str(row['label'] + 1)]:
-            raise ValueError(f"{path}: line {number}: {shown(name)} has the number {' '.join(label)[:80]}, but {row['class_name']} is {row['label'] + 1}: fetch the list again")
+            raise ValueError(f"{path}: line {number}: {short_repr(name)} has the number {' '.join(label)[:80]}, but {row['class_name']} is {row['label'] + 1}: fetch the list again")
         note_once(seen, name.rsplit('/', 1)[-1], number, f'{path}: line')
     return list(seen)
 
@@ -467,7 +467,7 @@ def hmdb51_list(
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip(): continue
         parts = line.rsplit(maxsplit=1)
-        if len(parts) != 2 or parts[1] not in '012': raise ValueError(f"{path}: line {number}: {shown(line)} is not a name and 0, 1 or 2: fetch the file again")
+        if len(parts) != 2 or parts[1] not in '012': raise ValueError(f"{path}: line {number}: {short_repr(line)} is not a name and 0, 1 or 2: fetch the file again")
         note_once(seen, parts[0], number, f'{path}: line')
         if parts[1] == mark: names.append(parts[0])
     return names

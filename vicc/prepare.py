@@ -36,8 +36,8 @@ import pandas as pd
 import torch
 
 from vicc.engine.io import (
-    Crew, duration, explained, file_facts, gone, HALF_WRITTEN, Limits, lock, save_text, trusted,
-    WorkerDied,
+    Crew, disk_errors, file_digest, format_seconds, HALF_WRITTEN, Limits, lock, missing_folder,
+    trusted, WorkerDied, write_text,
 )
 from .flow import choose_backend, compute_flow, METHODS, opencv_threads, quantise
 from .manifests import check_manifest, read_manifest, read_rows, require_videos, write_manifest
@@ -215,7 +215,7 @@ def make_video(
         if info.num_frames > video.count + 2 and not any('damaged' in line for line in notes): notes.append(f'{info.num_frames} frames are announced, {video.count} decode')
         if note is not None and notes:
             note.parent.mkdir(parents=True, exist_ok=True)
-            save_text(note, '; '.join(notes))
+            write_text(note, '; '.join(notes))
         elif note is not None: note.unlink(missing_ok=True)
 
 # %% ../nbs/datasets/prepare.ipynb #5b235ef9
@@ -245,7 +245,7 @@ def checksums(
     flow: Path,  # file of flow
 ) -> dict[str, Any]:  # CHECKSUMS
     "What tells later whether the files of a video are still the same."
-    return {f'{stream}_{name}': value for stream, path in zip(STREAMS, (rgb, flow)) for name, value in file_facts(path).items()}
+    return {f'{stream}_{name}': value for stream, path in zip(STREAMS, (rgb, flow)) for name, value in file_digest(path).items()}
 
 def note_of(
     note: Path | None,  # file
@@ -308,7 +308,7 @@ def changed_files(
     known, problems = read_checksums(store.path), []
     for video, stream in ((video, stream) for video in store.manifest.video for stream in STREAMS):
         file, facts = store.file(video, stream), {key: known.get(video, {}).get(f'{stream}_{key}') for key in ('bytes', 'sha256')}
-        try: found = file_facts(file) if content else dict(facts, bytes=file.stat().st_size)
+        try: found = file_digest(file) if content else dict(facts, bytes=file.stat().st_size)
         except OSError as error: problems.append((video, stream, f'cannot be read ({error.strerror})')); continue
         if facts['bytes'] is None: problems.append((video, stream, 'has no checksum: run prepare again'))
         elif found['bytes'] != facts['bytes']: problems.append((video, stream, f'has {found["bytes"]} bytes, not {facts["bytes"]}'))
@@ -378,7 +378,7 @@ def at_work(
     store: Path,  # the store's folder
 ) -> Iterator[None]:
     "Hold a place in the store while the block runs; sweep before and after it if nobody else is there."
-    with explained(store):
+    with disk_errors(store):
         store.mkdir(parents=True, exist_ok=True)
         file = open(store/'.lock', 'a')
     with file:
@@ -441,7 +441,7 @@ def open_folder(
     versions = {name: package_version(name) for name in ('av', 'opencv-contrib-python-headless', 'numpy')}
     made_by = sorted({*record.get('flow_made_by', []), *([backend] if backend else [])})
     wanted = dict(settings=asdict(settings), hash=settings.hash, versions=versions) | record | dict(flow_made_by=made_by)
-    if wanted != record: save_text(store/'settings.json', json.dumps(wanted, indent=2))
+    if wanted != record: write_text(store/'settings.json', json.dumps(wanted, indent=2))
 
 # %% ../nbs/datasets/prepare.ipynb #c0c2b296
 def prepare_task(
@@ -506,7 +506,7 @@ def check_mount(
 ) -> None:
     "Raises StorageError if not this video is at fault: it is gone, and so are the others."
     if os.path.isfile(source) or any(os.path.isfile(videos/name) for name in islice(names, 20)): return
-    raise gone(f'{source} was there when the run began, and is gone with others in {videos}')
+    raise missing_folder(f'{source} was there when the run began, and is gone with others in {videos}')
 
 # %% ../nbs/datasets/prepare.ipynb #2736f776
 class Progress:
@@ -536,7 +536,7 @@ class Progress:
         self.said, rate, usual = now, self.made/(now - self.start), float(np.mean(self.frames or [0]))
         left = sum(frames or usual for frames in self.waiting.values())
         self.log(f'prepared {self.total - len(self.waiting)} of {self.total} videos, {self.failed} set aside, {rate:.0f} frames/s'
-                 + (f', {duration(left/rate)} left' if rate else ''))
+                 + (f', {format_seconds(left/rate)} left' if rate else ''))
 
 # %% ../nbs/datasets/prepare.ipynb #f9d5d06b
 def reason(
@@ -603,7 +603,7 @@ def write_part(
             *(dict(video=video, problem=str(error)) for video, error in problems.items())]
     file.parent.mkdir(parents=True, exist_ok=True)
     columns = ('video', *FACTS, *CHECKSUMS, 'note', 'made', 'decode', 'flow', 'encode', 'problem', 'seconds', 'workers')
-    save_text(file, pd.DataFrame(rows, columns=columns, dtype=object).to_csv(index=False, lineterminator='\n'))
+    write_text(file, pd.DataFrame(rows, columns=columns, dtype=object).to_csv(index=False, lineterminator='\n'))
 
 # %% ../nbs/datasets/prepare.ipynb #e685780a
 def read_parts(
@@ -716,7 +716,7 @@ def conclude(
         return None
     found, problems, seconds, workers = results
     report = report_of(found, problems, seconds, workers, made_by)
-    save_text(store/'report.json', json.dumps(report, indent=2))
+    write_text(store/'report.json', json.dumps(report, indent=2))
     log(report_lines(report) + (f'\n  these were set aside: {", ".join(sorted(problems)[:10])}{" …" if len(problems) > 10 else ""}; {store/"problems.csv"} says why' if problems else ''))
     return finish(store, rows, found, problems, max_failed)
 
@@ -730,7 +730,7 @@ def finish(
 ) -> Store:  # opened
     "Write the manifest, merged with that of earlier runs on the same store, and the problems of this run. Raises ValueError for too many problems."
     listed = pd.DataFrame([dict(video=video, problem=str(error)) for video, error in sorted(problems.items())], columns=['video', 'problem'])
-    save_text(store/'problems.csv', listed.to_csv(index=False))
+    write_text(store/'problems.csv', listed.to_csv(index=False))
     if problems and len(problems) > max_failed*len(rows):
         raise ValueError(f'{len(problems)} of {len(rows)} videos cannot be used, more than the share max_failed={max_failed}; the first: {listed.problem[0]}. '
                          f'All are listed in {store/"problems.csv"}: replace them, or raise max_failed')
@@ -743,7 +743,7 @@ def finish(
         kept = pd.concat([earlier[~earlier.video.isin(kept.video)], kept])
     known = read_checksums(store) | {video: {key: facts[key] for key in CHECKSUMS} for video, facts in found.items()}
     rows = [dict(video=video) | known[video] for video in sorted(known)]
-    save_text(store/'checksums.csv', pd.DataFrame(rows, columns=['video', *CHECKSUMS]).to_csv(index=False, lineterminator='\n'))
+    write_text(store/'checksums.csv', pd.DataFrame(rows, columns=['video', *CHECKSUMS]).to_csv(index=False, lineterminator='\n'))
     write_manifest(kept, store/'manifest.csv')
     return Store(store)
 

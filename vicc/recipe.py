@@ -21,9 +21,9 @@ import pandas as pd
 
 from .augment import ViewSettings
 from .data import TestClips
-from .engine.io import read_yaml, save_text, shown, yaml_text
+from .engine.io import read_yaml, short_repr, write_text, yaml_text
 from .prepare import PrepareSettings, Store, STREAMS
-from .trainer import StageSettings, Upkeep
+from .trainer import RunConfig, StageConfig
 
 # %% ../nbs/engine/recipe.ipynb #43f880ef
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class TrainingValues(DataRecipe):
     cross_queue_start: int  # epoch
 
 # %% ../nbs/engine/recipe.ipynb #03013750
-UPKEEP = tuple(field.name for field in fields(Upkeep))
+UPKEEP = tuple(field.name for field in fields(RunConfig))
 
 @dataclass(frozen=True)
 class LaterValues(TrainingValues):
@@ -141,9 +141,9 @@ class LaterValues(TrainingValues):
         "How the store is made."
         return PrepareSettings(short_side=self.short_side, flow_method=self.flow_method, flow_bound=self.flow_bound, preset=self.video_preset)
 
-    def upkeep(self) -> Upkeep:
+    def upkeep(self) -> RunConfig:
         "How the run is looked after."
-        return Upkeep(**{name: getattr(self, name) for name in UPKEEP})
+        return RunConfig(**{name: getattr(self, name) for name in UPKEEP})
 
 # %% ../nbs/engine/recipe.ipynb #1bd0ba31
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Recipe(LaterValues):
     def create(cls, values: Mapping[str, Any], source: str = 'the recipe') -> 'Recipe':
         "A checked recipe; `source` is named in messages. Raises ValueError for an unknown, missing or mistyped value, naming it."
         for name in values:
-            if name not in cls.names(): raise ValueError(f"{source}: unknown key {shown(name)}{suggestion(str(name), cls.names())}")
+            if name not in cls.names(): raise ValueError(f"{source}: unknown key {short_repr(name)}{suggestion(str(name), cls.names())}")
         later = {field.name: field.default for field in fields(cls) if field.default is not MISSING and field.name not in values}
         if missing := [name for name in cls.names() if name not in values and name not in later]:
             raise ValueError(f'{source}: the key{"s" if missing[1:] else ""} {", ".join(missing)} must be given: a recipe holds every value')
@@ -179,7 +179,7 @@ class Recipe(LaterValues):
 
     def write(self, path: str | os.PathLike) -> None:
         "Write the recipe to a YAML file so that `read` gives it back."
-        save_text(Path(path), yaml_text(asdict(self)))
+        write_text(Path(path), yaml_text(asdict(self)))
 
     def plan(self) -> list['PlannedStage']:
         "The stages in their order."
@@ -207,7 +207,7 @@ def check_ranges(
     for name, value in asdict(recipe).items():
         if isinstance(value, int | float) and abs(value) > MOST.get(name, 10**9): raise ValueError(f'{name} is {value}, but must be at most {MOST.get(name, 10**9)}')
     if recipe.online_every and not 0 < recipe.online_fraction < 1: raise ValueError(f'online_fraction is {recipe.online_fraction}, but must be between 0 and 1')
-    if recipe.mixed_precision not in ('no', 'fp16', 'bf16'): raise ValueError(f"mixed_precision is {shown(recipe.mixed_precision)}, but must be no, fp16 or bf16")
+    if recipe.mixed_precision not in ('no', 'fp16', 'bf16'): raise ValueError(f"mixed_precision is {short_repr(recipe.mixed_precision)}, but must be no, fp16 or bf16")
 
 # %% ../nbs/engine/recipe.ipynb #81c78709
 def number_in(
@@ -228,11 +228,11 @@ def checked_value(
     "A value brought to its type. Raises ValueError if it does not fit."
     if isinstance(value, str) and kind in (int, float): value = number_in(value)
     if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        if not abs(value) < 1e16: raise ValueError(f'{source}: {name} is {shown(value)}, but must be finite and smaller than 1e16')
+        if not abs(value) < 1e16: raise ValueError(f'{source}: {name} is {short_repr(value)}, but must be finite and smaller than 1e16')
         if kind(value) == value: value = kind(value)
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)): return value
     wanted = dict(int='a whole number', float='a number', str='a text', bool='true or false', dict='a mapping')[kind.__name__]
-    raise ValueError(f'{source}: {name} is {shown(value)}, but must be {wanted}')
+    raise ValueError(f'{source}: {name} is {short_repr(value)}, but must be {wanted}')
 
 # %% ../nbs/engine/recipe.ipynb #01fe8ad7
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class PlannedStage:
     title: str  # 'rgb-1', 'flow-1', 'rgb-2 cycle 1', …
     name: str  # stream that is optimised: 'rgb' or 'flow'
     cycle: int  # 0 for single-stream stages
-    settings: StageSettings  # how
+    settings: StageConfig  # how
 
 def plan_stages(
     recipe: Recipe,  # every value
@@ -250,9 +250,9 @@ def plan_stages(
     shared = {name: getattr(recipe, name) for name in ('optimiser', 'final_learning_rate', 'momentum', 'weight_decay', 'temperature', 'epsilon',
                                                       'sinkhorn_iterations', 'queue_length', 'gradient_views', 'accumulate', 'sync_batchnorm')}
     single = dict(batch_size=recipe.single_batch_size, learning_rate=recipe.single_learning_rate, freeze_prototypes_epochs=recipe.single_freeze_prototypes, schedule_epochs=recipe.single_schedule_epochs or None)
-    cross = StageSettings(epochs=recipe.cross_epochs, batch_size=recipe.cross_batch_size, learning_rate=recipe.cross_learning_rate, freeze_prototypes_epochs=recipe.cross_freeze_prototypes,
+    cross = StageConfig(epochs=recipe.cross_epochs, batch_size=recipe.cross_batch_size, learning_rate=recipe.cross_learning_rate, freeze_prototypes_epochs=recipe.cross_freeze_prototypes,
                           queue_start_epoch=recipe.cross_queue_start, schedule_epochs=recipe.cross_schedule_epochs or None, **shared)
-    stages = [PlannedStage(f'{name}-1', name, 0, StageSettings(epochs=getattr(recipe, f'single_epochs_{name}'),
+    stages = [PlannedStage(f'{name}-1', name, 0, StageConfig(epochs=getattr(recipe, f'single_epochs_{name}'),
                            queue_start_epoch=getattr(recipe, f'single_queue_start_{name}'), **single, **shared)) for name in STREAMS]
     return stages + [PlannedStage(f'{name}-2 cycle {cycle}', name, cycle, cross) for cycle in range(1, recipe.cycles + 1) for name in STREAMS]
 

@@ -34,8 +34,7 @@ from torch import nn, Tensor
 
 from .backbones import accept_paper_names, create_backbone
 from vicc.engine.io import (
-    explained, file_facts, read_json, save_text, shortened_line, shown, tensor_shapes,
-    write_whole,
+    atomic_write, file_digest, one_line, read_json, short_repr, tensor_shapes, write_text,
 )
 from .prototypes import normalise_rows, ProjectionHead, Prototypes
 
@@ -90,12 +89,12 @@ def save_stream(
     "Save a stream so that the folder is never half written. Raises StorageError."
     folder = Path(folder)
     beside, old = folder.with_name(f'.{folder.name}.new'), folder.with_name(f'.{folder.name}.old')
-    with explained(folder):
+    with disk_errors(folder):
         if old.exists() and not folder.exists(): old.rename(folder)  # a run was killed between the two renames below
         for path in (beside, old): shutil.rmtree(path, ignore_errors=True)
         stream.save_pretrained(beside)
         (beside/'README.md').unlink(missing_ok=True)  # the mixin's model card knows nothing that config.json does not
-        save_text(beside/CHECKSUMS, json.dumps({name: file_facts(beside/name) for name in SAVED_FILES}, indent=1))
+        write_text(beside/CHECKSUMS, json.dumps({name: file_digest(beside/name) for name in SAVED_FILES}, indent=1))
         if folder.exists(): folder.rename(old)
         beside.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -110,7 +109,7 @@ def some(
 ) -> str:  # 'a, b, c, d and 17 more'
     "The first few of many names, each short enough for a message."
     names = list(names)
-    return ', '.join(shown(name, 100)[1:].rstrip("'\"") for name in names[:count]) + (f' and {len(names) - count} more' if len(names) > count else '')
+    return ', '.join(short_repr(name, 100)[1:].rstrip("'\"") for name in names[:count]) + (f' and {len(names) - count} more' if len(names) > count else '')
 
 def check_weights(
     kind: type[nn.Module],  # a class
@@ -134,7 +133,7 @@ def check_sums(
     if not (folder/CHECKSUMS).is_file(): return
     said = read_json(folder/CHECKSUMS, LARGEST_CONFIG)
     for name in SAVED_FILES:
-        if not isinstance(said, dict) or said.get(name) != file_facts(folder/name):
+        if not isinstance(said, dict) or said.get(name) != file_digest(folder/name):
             raise ValueError(f'{folder/name} is not the file that was saved (its checksum is another): copy the folder again. If you changed it yourself, delete {folder/CHECKSUMS}')
 
 def saved_values(
@@ -165,7 +164,7 @@ def load_saved(
         load_model(network, folder/'model.safetensors')
     except Exception as error:
         raise ValueError(f'{folder} does not hold the weights of the {kind.__name__.lower()} that its config.json describes ({type(error).__name__}: '
-                         f'{shortened_line(error)}): was it changed, or copied only in part?') from error
+                         f'{one_line(error)}): was it changed, or copied only in part?') from error
     if broken := [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]:
         raise ValueError(f'{folder/"model.safetensors"} holds numbers that are infinite or not numbers: {some(broken)}. Was it saved after training diverged? Take an earlier one')
     return network.to(device).eval()
@@ -434,5 +433,5 @@ def export_released(
                              f'with projections of {stream.head[2].out_features} and {other.head[2].out_features} numbers: export them one by one')
         state |= second
     state['prototypes.weight'] = stream.prototypes.weight.detach().cpu().clone()
-    with write_whole(path) as part: torch.save({'epoch': epoch, 'state_dict': state}, part)
+    with atomic_write(path) as part: torch.save({'epoch': epoch, 'state_dict': state}, part)
     return path

@@ -24,7 +24,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from .engine.io import write_whole, sign_of_life
+from .engine.io import atomic_write, sign_of_life
 try:
     import decord
 except ImportError:  # no wheel for 64-bit Arm: everything still works with PyAV, only slower
@@ -131,7 +131,7 @@ class VideoWriter:
         picture = to_video_frame(frame, self.pixel_format)
         size = picture.height, picture.width
         if self.stream is None:
-            part = self.opened.enter_context(write_whole(self.path))
+            part = self.opened.enter_context(atomic_write(self.path))
             self.container = self.opened.enter_context(av.open(str(part), 'w', options={'fflags': '+bitexact'}))
             self.size, self.stream = size, open_stream(self.container, size, *self.options)
         if size != self.size: raise ValueError(f'frame {self.count} is {size[0]}×{size[1]}, the first was {self.size[0]}×{self.size[1]}: {self.path}')

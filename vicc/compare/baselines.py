@@ -23,7 +23,7 @@ from ..data import TwoStreamClips
 from ..prototypes import normalise_rows
 from ..recipe import checked_value, suggestion
 from ..streams import Stream
-from ..trainer import Method, Stage, StageSettings, VICC
+from ..trainer import Method, Stage, StageConfig, VICC
 
 # %% ../../nbs/compare/baselines.ipynb #30c8e3fe
 def multi_positive_nce(
@@ -232,7 +232,7 @@ class ContrastiveStage(KeyStage):
     def __init__(self,
         name: str,  # stream to optimise: 'rgb' or 'flow'
         stream: Stream,  # its network
-        settings: StageSettings,  # how
+        settings: StageConfig,  # how
         dataset: TwoStreamClips,  # the samples, and what is known of their videos
         accelerator: Accelerator,  # device, precision, processes
         other: Stream | None = None,  # the frozen stream, for mining; None: nothing is mined
@@ -289,7 +289,7 @@ METHODS = {method.name: method for method in (VICC, Method('swav', taught=False)
 def create_method(
     name: str,  # one of METHODS
     **values: Any,  # instead of the paper's: key_queue_length, key_momentum, temperature, top_k
-) -> Method:  # for alternate and train_stage
+) -> Method:  # for alternate and fit
     "A method by name. Raises ValueError for an unknown name, and for a value that is unknown, of the wrong type, or cannot work."
     if name not in METHODS: raise ValueError(f"method '{name}' is not one of {', '.join(METHODS)}{suggestion(name, METHODS)}")
     method, source = METHODS[name], f'method {name}'

@@ -32,7 +32,7 @@ from ..backbones import create_backbone
 from vicc.data import (
     ClipLoader, cut_box, epoch_batches, RandomClips, set_epoch, TestClips, training_loader,
 )
-from ..engine.io import explained, save_text, shortened_line, shown, write_whole
+from ..engine.io import atomic_write, disk_errors, one_line, short_repr, write_text
 from ..engine.optim import set_learning_rate
 from vicc.evaluation import (
     cached_parts, centred_view, clip_parts, clips_hash, evaluation_copy, test_runs, view_batches,
@@ -41,7 +41,7 @@ from vicc.evaluation import (
 from ..manifests import split_manifest
 from ..prepare import Store
 from ..streams import load_saved, read_checkpoint, save_stream, Stream
-from ..trainer import loader_line, seeded, to_device, videos_hash
+from ..trainer import dataset_fingerprint, loader_line, seeded, to_device
 from ..video import clip_indices, random_clip_start
 
 # %% ../../nbs/compare/finetune.ipynb #2f455be7
@@ -347,12 +347,12 @@ def save_progress(
     facts: dict[str, Any],  # what the checkpoint belongs to; compared on loading
 ) -> None:
     "Save all that changes, and the best weights if they are new; then delete what is no longer needed."
-    with explained(folder): folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder): folder.mkdir(parents=True, exist_ok=True)
     epoch, best = history[-1]['epoch'], history[-1]['best_epoch']
     if best == epoch:
-        with write_whole(folder/f'best-{best:04d}.pt') as part: torch.save(classifier.state_dict(), part)
+        with atomic_write(folder/f'best-{best:04d}.pt') as part: torch.save(classifier.state_dict(), part)
     state = dict(weights=classifier.state_dict(), optimiser=optimiser.state_dict(), scaler=scaler and scaler.state_dict(), history=history, facts=facts)
-    with write_whole(folder/f'epoch-{epoch:04d}.pt') as part: torch.save(state, part)
+    with atomic_write(folder/f'epoch-{epoch:04d}.pt') as part: torch.save(state, part)
     for path in folder.glob('*-*.pt'):
         if path.name not in (f'best-{best:04d}.pt', f'epoch-{epoch:04d}.pt') and not path.name.startswith('.'): path.unlink(missing_ok=True)
 
@@ -384,7 +384,7 @@ def load_progress(
     state = saved_weights(paths[-1])
     was = state.get('facts') if isinstance(state, dict) else None
     if not isinstance(was, dict): raise ValueError(f'{paths[-1]} does not say what it belongs to, so no training wrote it: delete {folder}, or choose another folder')
-    other = [f'{key} was {shown(was.get(key), 300)}, is {shown(value, 300)}' for key, value in facts.items() if was.get(key) != value]
+    other = [f'{key} was {short_repr(was.get(key), 300)}, is {short_repr(value, 300)}' for key, value in facts.items() if was.get(key) != value]
     if other: raise ValueError(f'{folder} holds a training with other settings ({"; ".join(other)}): choose another folder, or the settings it has')
     try:
         if not is_history(state['history']): raise ValueError('its history does not count the epochs')
@@ -392,7 +392,7 @@ def load_progress(
         optimiser.load_state_dict(state['optimiser'])
         if state['scaler']: scaler.load_state_dict(state['scaler'])
     except Exception as error:
-        raise ValueError(f'{paths[-1]} does not fit this training ({type(error).__name__}: {shortened_line(error)}), though its settings do: delete {folder} to start again') from error
+        raise ValueError(f'{paths[-1]} does not fit this training ({type(error).__name__}: {one_line(error)}), though its settings do: delete {folder} to start again') from error
     return state['history']
 
 # %% ../../nbs/compare/finetune.ipynb #5376c411
@@ -482,7 +482,7 @@ def training_facts(
     if (settings.backbone_rate == 0) != classifier.frozen: raise ValueError(f'backbone_rate={settings.backbone_rate}, but frozen={classifier.frozen}: make both with the same settings')
     if settings.batch_size % processes: raise ValueError(f'batch_size={settings.batch_size} cannot be shared by {processes} processes: give a multiple')
     if len(training) < settings.batch_size: raise ValueError(f'{len(training)} videos do not fill one batch of {settings.batch_size}: lower batch_size')
-    return dict(title=title, **asdict(settings), videos=videos_hash(training.rows, 'label'), validation=videos_hash(validation.rows, 'label') if validation is not None else '', processes=processes,
+    return dict(title=title, **asdict(settings), videos=dataset_fingerprint(training.rows, 'label'), validation=dataset_fingerprint(validation.rows, 'label') if validation is not None else '', processes=processes,
                 stream=training.stream, clip_length=training.clip_length, stride=training.stride, views=str(training.views), data_seed=training.seed, crop=crop,
                 start=weights_hash(classifier))
 
@@ -497,7 +497,7 @@ def finish_training(
     best = folder/f'best-{history[-1]["best_epoch"]:04d}.pt'
     try: classifier.load_state_dict(saved_weights(best))
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f'{best} does not hold the weights of this classifier ({shortened_line(error)}): delete {folder} to start this training again') from error
+        raise ValueError(f'{best} does not hold the weights of this classifier ({one_line(error)}): delete {folder} to start this training again') from error
     classifier.eval()
     accelerator.free_memory()
     return pd.DataFrame(history)
@@ -609,7 +609,7 @@ def classify(
     classifier = Classifier.from_stream(stream, num_classes, settings)
     history = train_classifier(title, classifier, training, validation, settings, folder/'checkpoints', crop, accelerator, workers, log, log_every)
     if accelerator.is_main_process:
-        save_text(folder/'history.csv', history.to_csv(index=False))
+        write_text(folder/'history.csv', history.to_csv(index=False))
         save_stream(classifier, folder/'classifier')
     probabilities = cached_predict(classifier, test_clips, folder/'probabilities', views, crop, training_views.size, accelerator, workers=workers,
                                    flow_as_image=training_views.flow_as_image, exact_paper=settings.exact_paper, seed=settings.seed)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LARGEST_TEXT', 'DEEPEST', 'LARGEST_YAML', 'AGAIN', 'GONE', 'TROUBLES', 'HALF_WRITTEN', 'HELD', 'Item', 'READY',
-           'NO_WORKERS', 'POLL', 'shown', 'read_text', 'check_depth', 'once', 'read_json', 'shortened_line',
-           'PlainLoader', 'plain_yaml', 'read_yaml', 'PlainDumper', 'yaml_text', 'tensor_shapes', 'StorageError',
-           'trouble', 'explained', 'gone', 'part_name', 'write_whole', 'save_text', 'file_facts', 'lock', 'folder_lock',
-           'duration', 'progress', 'Limits', 'WorkerDied', 'Pulse', 'sign_of_life', 'trusted', 'end_with_parent',
-           'no_core_dump', 'portable', 'serve', 'cause_of_death', 'Worker', 'end_all', 'Watch', 'Crew', 'Isolated',
-           'find_project']
+           'NO_WORKERS', 'POLL', 'short_repr', 'read_text', 'check_depth', 'once', 'read_json', 'one_line',
+           'PlainLoader', 'load_yaml', 'read_yaml', 'PlainDumper', 'yaml_text', 'tensor_shapes', 'StorageError',
+           'trouble', 'disk_errors', 'missing_folder', 'part_name', 'atomic_write', 'write_text', 'file_digest', 'lock',
+           'folder_lock', 'format_seconds', 'progress', 'Limits', 'WorkerDied', 'Pulse', 'sign_of_life', 'trusted',
+           'end_with_parent', 'no_core_dump', 'portable', 'serve', 'cause_of_death', 'Worker', 'end_all', 'Watch',
+           'Crew', 'Isolated', 'find_project']
 
 # %% ../../nbs/engine/io.ipynb #9a0469f6
 import importlib
@@ -35,7 +35,7 @@ import yaml
 from safetensors import safe_open
 
 # %% ../../nbs/engine/io.ipynb #b0bb2997
-def shown(
+def short_repr(
     value: Any,  # anything that was read
     most: int = 80,  # letters
 ) -> str:  # its beginning, as Python would write it
@@ -83,7 +83,7 @@ def once(
     "The pairs as a dictionary. Raises ValueError for a key that is there twice."
     values: dict[str, Any] = {}
     for key, value in pairs:
-        if key in values: raise ValueError(f'the key {shown(key)} is there twice')
+        if key in values: raise ValueError(f'the key {short_repr(key)} is there twice')
         values[key] = value
     return values
 
@@ -95,10 +95,10 @@ def read_json(
     text = read_text(path, largest)
     try: value = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:  # numbers of too many digits and deep nesting are no JSONDecodeError
-        raise ValueError(f'{path} is not a JSON file that vicc could have written ({shortened_line(error)}): was it changed, or copied only in part?') from error
+        raise ValueError(f'{path} is not a JSON file that vicc could have written ({one_line(error)}): was it changed, or copied only in part?') from error
     return check_depth(value, str(path))
 
-def shortened_line(
+def one_line(
     error: BaseException,  # of a library
     most: int = 200,  # letters
 ) -> str:  # one line
@@ -122,13 +122,13 @@ class PlainLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag.removeprefix('tag:yaml.org,2002:') not in ('str', 'int'):
                 raise yaml.MarkedYAMLError(None, None, 'a key that is neither text nor a whole number: quote it', key.start_mark)
-            if key.value in seen: raise yaml.MarkedYAMLError(None, None, f'the key {shown(key.value)} is there twice', key.start_mark)
+            if key.value in seen: raise yaml.MarkedYAMLError(None, None, f'the key {short_repr(key.value)} is there twice', key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 LARGEST_YAML = 2**18  # bytes; the longest file that vicc reads has 5000
 
-def plain_yaml(
+def load_yaml(
     text: str,  # YAML
     where: str,  # the file, for messages
 ) -> Any:  # dictionaries, lists and plain values
@@ -136,7 +136,7 @@ def plain_yaml(
     try: value = yaml.load(text, PlainLoader)
     except Exception as error:  # the library stumbles in many ways over what nobody should write, such as !!bool maybe
         mark, problem = getattr(error, 'problem_mark', None), getattr(error, 'problem', None)
-        place = f'line {mark.line + 1}: {problem}' if mark and problem else shortened_line(error)
+        place = f'line {mark.line + 1}: {problem}' if mark and problem else one_line(error)
         raise ValueError(f'{where} is not a YAML file of plain values ({place}): correct it there') from error
     return check_depth(value, where)
 
@@ -144,7 +144,7 @@ def read_yaml(
     path: str | os.PathLike,  # file
 ) -> dict[str, Any]:
     "The keys and values of a YAML file. Raises FileNotFoundError, or ValueError for anything else."
-    value = plain_yaml(read_text(path, LARGEST_YAML), str(path))
+    value = load_yaml(read_text(path, LARGEST_YAML), str(path))
     if not isinstance(value, dict): raise ValueError(f"{path} must hold lines 'key: value', but holds a {type(value).__name__}: is it another file?")
     return value
 
@@ -155,7 +155,7 @@ class PlainDumper(yaml.SafeDumper):
 
 def yaml_text(
     values: Mapping[str, Any],  # plain values; they must not hold themselves
-) -> str:  # YAML that `plain_yaml` reads
+) -> str:  # YAML that `load_yaml` reads
     "Keys and values as YAML, in their order."
     return yaml.dump(dict(values), Dumper=PlainDumper, sort_keys=False)
 
@@ -168,7 +168,7 @@ def tensor_shapes(
     try:
         with safe_open(path, 'pt') as file: return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except Exception as error:
-        raise ValueError(f'{path} is damaged ({shortened_line(error)}): was it copied only in part? Copy it again') from error
+        raise ValueError(f'{path} is damaged ({one_line(error)}): was it copied only in part? Copy it again') from error
 
 # %% ../../nbs/engine/io.ipynb #4fe9b4c6
 import errno
@@ -215,7 +215,7 @@ def trouble(
     return None
 
 @contextmanager
-def explained(
+def disk_errors(
     path: str | os.PathLike,  # the file or folder that the block writes
 ) -> Iterator[None]:
     "Turns trouble with the disk into a StorageError that names the file and says what to do. Other errors pass."
@@ -227,14 +227,14 @@ def explained(
         raise StorageError(number, f'{path} cannot be written, {os.strerror(number)}: {advice}') from error
 
 # %% ../../nbs/engine/io.ipynb #eaf30c37
-def gone(
+def missing_folder(
     what: str,  # what is missing, and since when: the first half of a sentence
 ) -> StorageError:  # to be raised
     "The error for something that was there and is not there any more."
     return StorageError(errno.ENOENT, f'{what}: {GONE}')
 
 # %% ../../nbs/engine/io.ipynb #8767debe
-HALF_WRITTEN = re.compile(r'\..+\.[\w-]*\d+\.part\.?\w*')  # the names that write_whole gives
+HALF_WRITTEN = re.compile(r'\..+\.[\w-]*\d+\.part\.?\w*')  # the names that atomic_write gives
 
 def part_name(
     path: Path,  # the file that shall appear
@@ -245,13 +245,13 @@ def part_name(
     return name if len(os.fsencode(name)) <= 255 else f'.{hashlib.sha256(os.fsencode(path.stem)).hexdigest()[:16]}.{who}.part{path.suffix}'
 
 @contextmanager
-def write_whole(
+def atomic_write(
     path: str | os.PathLike,  # the file that shall appear; its folder must exist
 ) -> Iterator[Path]:  # where to write instead: a hidden file beside it, with the same ending
-    "Use as `with write_whole(path) as part:`. What is written to `part` appears at `path` when the block ends, and not at all if it fails. Raises StorageError."
+    "Use as `with atomic_write(path) as part:`. What is written to `part` appears at `path` when the block ends, and not at all if it fails. Raises StorageError."
     path = Path(path)
     part = path.with_name(part_name(path))
-    with explained(path):
+    with disk_errors(path):
         try:
             yield part
             part.replace(path)
@@ -259,15 +259,15 @@ def write_whole(
             try: part.unlink(missing_ok=True)
             except OSError: pass  # the disk is gone: the error of the block says so
 
-def save_text(
+def write_text(
     path: str | os.PathLike,  # the file
     text: str,  # its new content
 ) -> None:
     "Write a text file, UTF-8, that is never seen half written. Raises StorageError."
-    with write_whole(path) as part: part.write_text(text, encoding='utf-8')
+    with atomic_write(path) as part: part.write_text(text, encoding='utf-8')
 
 # %% ../../nbs/engine/io.ipynb #dfe7469c
-def file_facts(
+def file_digest(
     path: str | os.PathLike,  # of a file
 ) -> dict[str, Any]:  # its size in bytes and its checksum
     "What a list of files says of one of them. Raises OSError if it cannot be read."
@@ -296,7 +296,7 @@ def folder_lock(
 ) -> Iterator[None]:
     "Hold a folder for one run while the block runs. Raises ValueError that names the other run, StorageError if the folder cannot be written to."
     folder = Path(folder)
-    with explained(folder/'.lock'):
+    with disk_errors(folder/'.lock'):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder/'.lock', 'a+')
     with file:
@@ -310,7 +310,7 @@ def folder_lock(
         except OSError: pass  # a file system without locks
         HELD.add(name)
         try:
-            with explained(folder/'.lock'):
+            with disk_errors(folder/'.lock'):
                 file.truncate(0)
                 file.write(f'process {os.getpid()} on {platform.node()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
                 file.flush()
@@ -326,7 +326,7 @@ from typing import TypeVar
 Item = TypeVar('Item')
 
 # %% ../../nbs/engine/io.ipynb #8e0429de
-def duration(
+def format_seconds(
     seconds: float,  # 0 or more
 ) -> str:  # such as '32 s', '5 min' or '26.4 h'
     "A time as people say it."
@@ -352,9 +352,9 @@ def progress(
         yield item
         if done < total and (now := clock()) - seen[-1][0] >= every:
             rate = (done - seen[0][1])/(now - seen[0][0])
-            log(f'{what} {done} of {total} {unit}, {rate:.3g} a second, {duration((total - done)/rate)} left')
+            log(f'{what} {done} of {total} {unit}, {rate:.3g} a second, {format_seconds((total - done)/rate)} left')
             seen.append((now, done))
-    if len(seen) > 1: log(f'{what} {done} {unit} in {duration(clock() - start)}')
+    if len(seen) > 1: log(f'{what} {done} {unit} in {format_seconds(clock() - start)}')
 
 # %% ../../nbs/engine/io.ipynb #b9700155
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAST', 'NORM_AFTER', 'as_2d_convolution', 'space_to_depth_convolution', 'is_stem', 'is_flat', 'Conv3dAs2d',
-           'max_along', 'triple', 'separable_max_pool', 'SeparableMaxPool3d', 'make_fast', 'make_plain',
-           'fold_batch_norm', 'frozen_copy', 'compiler_cache', 'fast_embed', 'mark_step']
+           'max_along', 'triple', 'separable_max_pool', 'SeparableMaxPool3d', 'optimize_layers', 'restore_layers',
+           'fold_batch_norm', 'inference_copy', 'compiler_cache', 'compile_embed', 'mark_step']
 
 # %% ../../nbs/fast/layers.ipynb #dd154cf1
 import copy
@@ -104,7 +104,7 @@ class SeparableMaxPool3d(nn.MaxPool3d):
 # %% ../../nbs/fast/layers.ipynb #789c83f5
 FAST = {nn.Conv3d: Conv3dAs2d, nn.MaxPool3d: SeparableMaxPool3d}
 
-def make_fast(
+def optimize_layers(
     network: nn.Module,  # changed in place
 ) -> nn.Module:  # the same
     "Let convolutions and pools compute the fast way."
@@ -113,10 +113,10 @@ def make_fast(
         if fits: layer.__class__ = FAST[type(layer)]
     return network
 
-def make_plain(
+def restore_layers(
     network: nn.Module,  # changed in place
 ) -> nn.Module:  # the same
-    "Undo `make_fast`."
+    "Undo `optimize_layers`."
     plain = {fast: slow for slow, fast in FAST.items()}
     for layer in network.modules():
         if type(layer) in plain: layer.__class__ = plain[type(layer)]
@@ -146,14 +146,14 @@ def fold_batch_norm(
     return folded
 
 # %% ../../nbs/fast/layers.ipynb #e3c1ea6f
-def frozen_copy(
+def inference_copy(
     network: nn.Module,  # a stream or a part of one, on its device
 ) -> nn.Module:  # in evaluation mode, without gradients
     "A copy that stands still and computes the same to rounding, faster. Where batch norm cannot be folded, it stays."
     try: frozen = fold_batch_norm(network)
     except ValueError: frozen = copy.deepcopy(network).eval().requires_grad_(False)
     on_cpu = next(frozen.parameters()).device.type == 'cpu'
-    return (make_fast if on_cpu else make_plain)(frozen.to(memory_format=torch.channels_last_3d))
+    return (optimize_layers if on_cpu else restore_layers)(frozen.to(memory_format=torch.channels_last_3d))
 
 # %% ../../nbs/fast/layers.ipynb #41ed17d0
 def compiler_cache() -> str:  # a folder
@@ -166,15 +166,15 @@ def compiler_cache() -> str:  # a folder
         os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(folder)
     return os.environ['TORCHINDUCTOR_CACHE_DIR']
 
-def fast_embed(
+def compile_embed(
     stream: Stream,  # its backbone is made fast in place
     compiled: bool = True,  # compile; False: only the exchanged layers
     graphs: bool = True,  # record CUDA graphs; only on a CUDA device, and only if compiled
     frozen: bool = False,  # the stream stands still: fold its batch norm, keep no gradient
 ) -> Callable[[Tensor], Tensor]:  # clips [B, 3, T, H, W] to projections [B, D], as `stream.embed`
     "`stream.embed`, faster. With graphs, say `mark_step` before each step."
-    network = frozen_copy(stream) if frozen else stream
-    make_fast(network.backbone)
+    network = inference_copy(stream) if frozen else stream
+    optimize_layers(network.backbone)
     if not compiled: return network.embed
     compiler_cache()
     on_gpu = next(network.parameters()).is_cuda

@@ -46,7 +46,7 @@ from numpy.typing import ArrayLike
 from pandas.io.formats.style import Styler
 from sklearn.metrics import normalized_mutual_info_score
 
-from ..engine.io import save_text
+from ..engine.io import write_text
 
 # %% ../../nbs/viz/plots.ipynb #c4f9ecb6
 STYLE = {'font.size': 9., 'axes.titlesize': 10., 'axes.labelsize': 9., 'xtick.labelsize': 8., 'ytick.labelsize': 8.,
@@ -936,7 +936,7 @@ class Report(Page):
             return self.add_picture(save_figure(result, self.folder/'pictures'/f'{name}.png'))
         table = styled(result, digits, best)
         display(table)
-        if save: save_text(self.folder/f'{name}.csv', result.to_csv())
+        if save: write_text(self.folder/f'{name}.csv', result.to_csv())
         self.add_table(table)
 
     def write(self,
@@ -944,8 +944,8 @@ class Report(Page):
         results: Sequence[str] = ('results',),  # entries of metrics that the tables show already
     ) -> Path:  # of the page
         "Write metrics.json and report.html."
-        save_text(self.folder/'metrics.json', json.dumps(metrics, indent=2))
+        write_text(self.folder/'metrics.json', json.dumps(metrics, indent=2))
         self.heading('How it was made')
         self.add_table(styled(pd.Series(flat({name: value for name, value in metrics.items() if name not in results}), name='value').map(str).to_frame()))
-        save_text(self.folder/'report.html', page_of(self.cells, self.title))
+        write_text(self.folder/'report.html', page_of(self.cells, self.title))
         return self.folder/'report.html'
