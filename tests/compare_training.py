@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -21,13 +20,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 INSIDE = '''
 import json, sys
-from dataclasses import fields, replace
-from vicc.recipe import Recipe
-from vicc.alternation import alternate
+from vicc.alternation import alternate, Recipe  # every version has it there
 from vicc.prepare import Store
 store, folder, values = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-known = {field.name for field in fields(Recipe)}
-alternate(Recipe(**{name: value for name, value in values.items() if name in known}), Store(store), folder).to_csv(f'{folder}/speeds.csv', index=False)
+known = Recipe.names() if hasattr(Recipe, 'names') else Recipe.model_fields
+if 'optimizer' not in known: values['optimiser'] = values.pop('optimizer')
+recipe = Recipe.create({name: value for name, value in values.items() if name in known})
+alternate(recipe, Store(store), folder).to_csv(f'{folder}/speeds.csv', index=False)
 '''
 
 def commit(checkout: Path) -> str:
@@ -57,7 +56,7 @@ def main() -> None:
         store = prepare(made['train'], made['videos'], Path(folder)/'store', recipe.prepare_settings())
         for turn in range(values.rounds):
             for which, checkout in (('before', values.old.resolve()), ('now', ROOT)):
-                found = speeds(checkout, store.path, Path(folder)/f'{which}-{turn}', asdict(recipe))
+                found = speeds(checkout, store.path, Path(folder)/f'{which}-{turn}', recipe.model_dump())
                 rows += [dict(which=which, commit=commit(checkout), turn=turn + 1, stage=stage, samples_per_second=speed) for stage, speed in found.items()]
     table = pd.DataFrame(rows).assign(machine=f'{os.cpu_count()} CPU cores, {platform.machine()}, torch {torch.__version__}')
     table.to_csv(values.output, index=False)

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vicc.engine.io import find_project
-from vicc.engine.io import write_text
+from vicc.engine.io import find_project, write_text
 from vicc.manifests import read_manifest
 from vicc.prepare import reason
 from vicc.synthetic import make_moving_shapes

@@ -56,13 +56,12 @@ def lose_loss() -> None:
 
 def lose_gradient() -> None:
     "The loss of the next step is a number, its gradients are not."
-    from vicc.trainer import Stage
-    real = Stage.apply_gradients
-    def lost(self, *arguments):
-        Stage.apply_gradients = real
-        for parameter in self.stream.parameters(): parameter.grad.fill_(float('nan'))
-        real(self, *arguments)
-    Stage.apply_gradients = lost
+    from accelerate import Accelerator
+    real = Accelerator.backward
+    def lost(self, loss, **values):
+        Accelerator.backward = real
+        real(self, loss*float('nan'), **values)
+    Accelerator.backward = lost
 
 def fill_gpu() -> None:
     "What PyTorch says when a GPU is full."
@@ -78,12 +77,12 @@ INSIDE = {'worker': kill_worker, 'loss': lose_loss, 'gradient': lose_gradient, '
 def inside(name: str, at: int, arguments: list[str]) -> None:
     "The command line of a training, with a fault before its step `at` (counted from 1 over all stages)."
     from vicc import alternation
-    from vicc.trainer import Stage
-    real, steps = Stage.step, count(1)
-    def step(self, batch, epoch, meter):
+    from vicc.trainer import Trainer
+    real, steps = Trainer.step, count(1)
+    def step(self, batch, epoch, metrics):
         if next(steps) == at: INSIDE[name]()
-        real(self, batch, epoch, meter)
-    Stage.step = step
+        real(self, batch, epoch, metrics)
+    Trainer.step = step
     alternation.main(arguments)
 
 # ---- beside a run
@@ -123,11 +122,11 @@ def hurt(path: Path, how: str, seed: int = 0) -> None:
 
 def hurt_unseen(path: Path) -> None:
     "Flip a bit of an RGB video so that training can still read it, as many of its frames as can be with other pixels."
-    from vicc.data import read_planes
+    from vicc.data import read_clips
     from vicc.video import VideoError, read_frames
     count, height, width, _ = read_frames(path).shape
     def planes() -> np.ndarray | None:
-        clips = read_planes(path, 'rgb', [(np.arange(count), (0, 0, height, width))])
+        clips = read_clips(path, 'rgb', [(np.arange(count), (0, 0, height, width))])
         return clips and clips[0].data
     whole, right, best = path.read_bytes(), planes(), (0., b'')
     for seed in range(300):
@@ -141,15 +140,15 @@ def hurt_unseen(path: Path) -> None:
     if not best[0]: raise Skipped('the decoder notices every changed bit')
 
 def newest(output: Path) -> list[Path]:
-    "The checkpoints of the stage that is at work, newest first."
-    from vicc.engine.checkpoint import checkpoint_folders
+    "The complete checkpoints of the stage that is at work, newest first."
+    from vicc.engine.checkpoint import checkpoint_folders, rank_files
     stages = sorted(output.glob('stages/0*/checkpoints'))
-    return checkpoint_folders(stages[-1]) if stages else []
+    return [path for path in checkpoint_folders(stages[-1]) if rank_files(path)] if stages else []  # not: killed while it was deleted
 
 def sound(output: Path) -> int:
     "How many of them are whole."
-    from vicc.engine.checkpoint import damage
-    return sum(damage(place) is None for place in newest(output))
+    from vicc.engine.checkpoint import verify
+    return sum(verify(place) is None for place in newest(output))
 
 # ---- a run
 
@@ -189,7 +188,7 @@ class Trial:
         "Wait until the run has saved this step of this stage (both named by number, as the folders are)."
         deadline = time.monotonic() + PATIENCE
         while process.poll() is None and time.monotonic() < deadline:
-            if any(int(path.parent.name[5:]) >= step for path in self.output.glob(f'stages/{stage:02d}-*/checkpoints/step-*/index.json')): return
+            if any(int(path.parent.name[5:]) >= step for path in self.output.glob(f'stages/{stage:02d}-*/checkpoints/step-*/rank-0-*.pt')): return
             time.sleep(.002)
         raise RuntimeError(f'{self.name}: the run was over before the fault came:\n{self.said.read_text()}')
 
@@ -270,10 +269,10 @@ def fault(name: str, done: str, wanted: str) -> Callable:
         return function
     return enter
 
-@fault('reading worker killed', 'SIGKILL to one of two reading processes, in the second epoch', 'says so, reads on, nothing changes')
+@fault('reading worker killed', 'SIGKILL to one of two reading processes, in the second epoch', 'says so; the same command goes on')
 def worker_killed(bench: Bench) -> dict:
     trial = bench.trial('worker', workers=2)
-    return trial.result(trial.run('worker', STEPS + 2), 'a reading process died')
+    return trial.result(trial.run('worker', STEPS + 2), 'a reading process died', (2,))
 
 @fault('main process killed', 'SIGKILL to the only process, in the third stage', 'the same command goes on')
 def main_killed(bench: Bench) -> dict:
@@ -323,22 +322,22 @@ def damaged(bench: Bench, name: str, number: int, file: str, how: str) -> dict:
     "The same command on a run whose newest checkpoints were damaged."
     trial = bench.killed(name)
     for place in newest(trial.output)[:number]: hurt(place/file, how)
-    row = trial.result(trial.run(), 'is left out; the one before is taken' if file != 'index.json' else 'going on after')
+    row = trial.result(trial.run(), 'is left out; the one before is taken' if how != 'removed' else 'going on after')
     return {**row, 'went_on': row['went_on'].replace('by itself', 'same command')}
 
 @fault('checkpoint: a bit flipped', 'one bit of the newest checkpoint is changed', 'warns, takes the one before')
-def flipped(bench: Bench) -> dict: return damaged(bench, 'flip', 1, 'shared.safetensors', 'bit')
+def flipped(bench: Bench) -> dict: return damaged(bench, 'flip', 1, 'rank-0-of-1.pt', 'bit')
 
 @fault('checkpoint: cut short', 'half of a file of the newest checkpoint is cut off', 'warns, takes the one before')
-def cut(bench: Bench) -> dict: return damaged(bench, 'cut', 1, 'process-0.json', 'cut')
+def cut(bench: Bench) -> dict: return damaged(bench, 'cut', 1, 'rank-0-of-1.pt', 'cut')
 
-@fault('checkpoint: no index', 'the index of the newest checkpoint is removed', 'is one that was never finished: the one before is taken')
-def no_index(bench: Bench) -> dict: return damaged(bench, 'index', 1, 'index.json', 'removed')
+@fault('checkpoint: no index', 'the file of a process in the newest checkpoint is removed', 'is one that was never finished: the one before is taken')
+def file_missing(bench: Bench) -> dict: return damaged(bench, 'missing', 1, 'rank-0-of-1.pt', 'removed')
 
 @fault('every checkpoint damaged', 'a bit of every checkpoint of the stage is changed', 'refuses, names them, says what to delete')
 def all_damaged(bench: Bench) -> dict:
     trial = bench.killed('all')
-    for place in newest(trial.output): hurt(place/'shared.safetensors', 'bit')
+    for place in newest(trial.output): hurt(place/'rank-0-of-1.pt', 'bit')
     folder = newest(trial.output)[0].parent
     return trial.result(trial.run(), 'every checkpoint is damaged .* delete .* to start this stage again', (2,), repair=lambda: shutil.rmtree(folder))
 
@@ -556,7 +555,7 @@ CLOSING = """## What to remember
 - A message says what to do. If a line of the log names a video that was replaced, that video's file in the store is damaged: with the next start of the command `prepare` looks at every file and makes it again.
 - Only what was saved counts: with `save_every_steps` at 0 a kill costs the epoch that was going on.
 
-What to look at next: `engine/checkpoint` for how checkpoints are written and checked, `07_trainer` for how a stage goes on, `02_data` for readers that die and videos that cannot be read."""
+What to look at next: `engine/checkpoint` for how checkpoints are written and checked, `07_trainer` for how a stage goes on, `engine/loader` for readers that die, `02_data` for videos that cannot be read."""
 
 def notebook_cells() -> list:
     "Text and code of faults.ipynb."

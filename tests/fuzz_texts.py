@@ -36,18 +36,17 @@ from vicc.recipe import Recipe
 
 from vicc.engine.io import find_project
 
-from vicc.alternation import claim_method, claim_videos, open_run, read_history
-from vicc.engine.checkpoint import INDEX, index_checksum, write_checkpoint
-from vicc.compare.finetune import load_progress, save_progress
-from vicc.engine.io import file_digest
-from vicc.engine.io import Isolated, WorkerDied
-from vicc.manifests import dataset_description, hmdb51_list, kinetics_table, read_manifest, ucf101_list, write_manifest
+from vicc.run_dir import check_same_method, check_same_videos, init_run_dir, method_record, read_history
+from vicc.engine.checkpoint import save_checkpoint
+from vicc.engine.io import file_digest, yaml_text
+from vicc.engine.io import IsolatedCall, WorkerDied
+from vicc.manifests import ManifestError, dataset_description, hmdb51_list, kinetics_table, read_manifest, ucf101_list, write_manifest
 from vicc.prepare import PrepareSettings, Store, check_settings, open_folder
 from vicc.prototypes import ProjectionQueue
-from vicc.evaluation import cached_parts
-from vicc.trainer import Stage, StageConfig, VICC
-from vicc.streams import CHECKSUMS, SAVED_FILES, Stream, load_released, load_stream, released_tensors, save_stream
-from vicc.trainer import Begun, load_checkpoint
+from vicc.evaluation import cached_chunks
+from vicc.trainer import Trainer, StageConfig, VICC
+from vicc.streams import SAVED_FILES, STREAM_CHECKSUMS, Stream, load_released, load_stream, save_stream, split_released
+from vicc.trainer import EpochState, load_training_state
 
 SECONDS = 20  # that one file may take
 ROOT = find_project(__file__)
@@ -186,39 +185,27 @@ def change(file: Path, rng: np.random.Generator) -> None:
 
 class Toy:
     "As much of a stage as a checkpoint needs."
-    state, load_state, own_state, load_own_state = Stage.state, Stage.load_state, Stage.own_state, Stage.load_own_state
+    state_dict, load_state_dict = Trainer.state_dict, Trainer.load_state_dict
+    rank_state_dict, load_rank_state_dict = Trainer.rank_state_dict, Trainer.load_rank_state_dict
     def __init__(self):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.settings, self.accelerator, self.stream, self.queue = StageConfig(), Accelerator(cpu=True), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), ProjectionQueue(2, 4, 3)
-            self.optimiser = torch.optim.AdamW(self.stream.parameters())
+            self.optimizer = torch.optim.AdamW(self.stream.parameters())
             self.stream(torch.randn(5, 4)).square().sum().backward()
-            self.optimiser.step()
+            self.optimizer.step()
 
 FACTS = dict(title='toy', seed=0)
 
-def sign_checkpoint(folder: Path) -> None:
-    "Whoever makes a checkpoint up makes its checksums too."
-    place = folder/'step-000000003'
-    index = json.loads((place/INDEX).read_text())
-    for name in index['files']:
-        if '/' not in name and (place/name).is_file(): index['files'][name] = file_digest(place/name)
-    (place/INDEX).write_text(json.dumps(dict(index, checksum=index_checksum(index))))
-
 def make_checkpoint(folder: Path) -> None:
-    toy, meter = Toy(), argparse.Namespace(loss=torch.tensor(1.), steps=2)
+    toy, metrics = Toy(), argparse.Namespace(loss=torch.tensor(1.), steps=2)
     history = [dict(stage='toy', epoch=1, loss=1.5, online_r1=math.nan)]
-    write_checkpoint(folder, 3, dict(stage=toy.state(), history=history, facts=FACTS), dict(stage=toy.own_state(), begun=vars(Begun.after(2, meter, torch.device('cpu'), 1., .1))), toy.accelerator)
+    state = EpochState.capture(2, metrics, torch.device('cpu'), seconds=1.)
+    shared = dict(trainer=toy.state_dict(), history=history, fingerprint=FACTS)
+    own = dict(trainer=toy.rank_state_dict(), epoch_state=vars(state))
+    save_checkpoint(folder, 3, shared, own, toy.accelerator)
 
-def sign_stream(folder: Path) -> None: (folder/CHECKSUMS).write_text(json.dumps({name: file_digest(folder/name) for name in SAVED_FILES}))
-
-def make_progress(folder: Path) -> None:
-    toy = Toy()
-    save_progress(toy.stream, toy.optimiser, None, folder, [dict(epoch=1, loss=1., best_epoch=1)], FACTS)
-
-def read_progress(folder: Path) -> None:
-    toy = Toy()
-    load_progress(toy.stream, toy.optimiser, None, folder, FACTS)
+def sign_stream(folder: Path) -> None: (folder/STREAM_CHECKSUMS).write_text(json.dumps({name: file_digest(folder/name) for name in SAVED_FILES}))
 
 def make_released(folder: Path) -> None:
     state = {f'encoder_q.{name}': torch.rand(shape) for name, shape in (('0.conv1.weight', (4, 3)), ('2.weight', (4, 4, 1, 1, 1)), ('4.bias', (4,)))} | {'prototypes.weight': torch.rand(5, 4)}
@@ -227,7 +214,7 @@ def make_released(folder: Path) -> None:
 
 def read_released(folder: Path) -> None:
     for path in sorted(folder.glob('*.tar')):
-        released_tensors(path)
+        split_released(path)
         try: load_released(path)
         except ValueError as error: assert path.name in str(error)  # too small for a network
 
@@ -249,15 +236,15 @@ def make_run(folder: Path) -> None:
     tiny = Recipe.read(ROOT/'nbs'/'recipes'/'demo.yaml', backbone_options={'width': 4}, num_prototypes=6, projection_dim=8)
     tiny.write(folder/'recipe.yaml')
     (folder/'training_videos.csv').write_text(VIDEOS[['video']].to_csv(index=False))
-    (folder/'method.yaml').write_text(claim_method(VICC, folder))
+    (folder/'method.yaml').write_text(yaml_text(method_record(VICC)))
     (folder/'history.csv').write_text(pd.DataFrame([dict(stage='rgb-1', stream='rgb', epoch=epoch, loss=3/epoch, online_r1=math.nan) for epoch in (1, 2, 3)]).to_csv(index=False))
 
 def read_run(folder: Path) -> None:
     recipe = Recipe.read(ROOT/'nbs'/'recipes'/'demo.yaml', backbone_options={'width': 4}, num_prototypes=6, projection_dim=8)
-    claim_videos(VIDEOS, folder)
-    claim_method(VICC, folder)
+    check_same_videos(VIDEOS, folder)
+    check_same_method(VICC, folder)
     read_history(folder/'history.csv')
-    open_run(recipe, folder)
+    init_run_dir(recipe, folder)
 
 def make_lists(folder: Path) -> None:
     (folder/'trainlist01.txt').write_text(''.join(f'{name}/v_{name}_g{group:02}_c01.avi {label}\n' for label, name in ((1, 'ApplyEyeMakeup'), (2, 'ApplyLipstick')) for group in (8, 9)))
@@ -266,9 +253,9 @@ def make_lists(folder: Path) -> None:
 def make_kinetics(folder: Path) -> None:
     pd.DataFrame([dict(label='abseiling', youtube_id=f'id{n}', time_start=n, time_end=n + 10, split='train') for n in range(5)]).to_csv(folder/'kinetics.csv', index=False)
 
-def make_parts(folder: Path) -> None: cached_parts(folder, 'facts', [range(0, 2)], lambda part: torch.ones(2, 3))
+def make_parts(folder: Path) -> None: cached_chunks(folder, 'facts', [range(0, 2)], lambda part: torch.ones(2, 3))
 
-def read_parts(folder: Path) -> None: assert torch.equal(cached_parts(folder, 'facts', [range(0, 2)], lambda part: torch.ones(2, 3)), torch.ones(2, 3))
+def read_parts(folder: Path) -> None: assert torch.equal(cached_chunks(folder, 'facts', [range(0, 2)], lambda part: torch.ones(2, 3)), torch.ones(2, 3))
 
 @dataclass(frozen=True)
 class Kind:
@@ -282,10 +269,9 @@ KINDS = {
     'manifests': Kind(lambda folder: write_manifest(VIDEOS, folder/'manifest.csv'), lambda folder: read_manifest(folder/'manifest.csv', 5), '*.csv'),
     'recipes': Kind(lambda folder: shutil.copy(ROOT/'nbs'/'recipes'/'demo.yaml', folder/'recipe.yaml'), lambda folder: Recipe.read(folder/'recipe.yaml'), '*.yaml'),
     'stores': Kind(make_store, read_store, '*.[cj]s*'),
-    'checkpoints': Kind(make_checkpoint, lambda folder: load_checkpoint(Toy(), folder, FACTS), 'step-*/*', sign_checkpoint),
+    'checkpoints': Kind(make_checkpoint, lambda folder: load_training_state(Toy(), folder, FACTS), 'step-*/*'),
     'saved streams': Kind(lambda folder: save_stream(Stream('small', 4, 8, {'width': 2}), folder/'rgb'), lambda folder: load_stream(folder/'rgb'), 'rgb/*', lambda folder: sign_stream(folder/'rgb')),
     'released files': Kind(make_released, read_released, '*.tar'),
-    'classifier checkpoints': Kind(make_progress, read_progress, 'epoch-*.pt'),
     'cached features': Kind(make_parts, read_parts, '*/*.safetensors'),
     'files of a run': Kind(make_run, read_run, '*.*'),
     'split lists': Kind(make_lists, lambda folder: (ucf101_list(folder, 1, 'train'), hmdb51_list(folder/'wave_test_split1.txt', '1')), '*.txt'),
@@ -353,7 +339,8 @@ def one_case(kind: str, seed: int, number: int, keep: str | None = None) -> Outc
                 task.read(folder)
         except (ValueError, FileNotFoundError) as error:
             outcome.line = f'{file.relative_to(folder)}: {type(error).__name__}: {str(error)[:300]!r}'
-            ours = type(error) in (ValueError, FileNotFoundError) and (str(folder) in str(error) or file.name in str(error)) and len(str(error)) < 5000
+            named = str(folder) in str(error) or file.name in str(error)
+            ours = type(error) in (ValueError, FileNotFoundError, ManifestError) and named and len(str(error)) < 5000
             outcome.what = 'refused' if ours else 'without_a_message'
         except Hang: outcome.what, outcome.line = 'hangs', f'{file.relative_to(folder)}: more than {SECONDS} s'
         except Exception as error: outcome.what, outcome.line = 'without_a_message', f'{file.relative_to(folder)}: {type(error).__name__}: {str(error)[:300]!r}'
@@ -373,7 +360,7 @@ PROBLEMS = ('crashes', 'hangs', 'without_a_message', 'losses')
 def fuzz_texts(count: int = 2500, seed: int = 0, log: Callable[[str], None] = print, isolated: bool = True) -> list[dict[str, Any]]:
     "So many cases, evenly over all kinds; a row a kind with counts, seconds and the first problem. Not isolated: in this process, for a few."
     rows = []
-    worker = Isolated(isolated_case, seconds=2*SECONDS, gib=6) if isolated else None
+    worker = IsolatedCall(isolated_case, seconds=2*SECONDS, gib=6) if isolated else None
     for kind, cases in zip(KINDS, np.array_split(np.arange(count), len(KINDS))):
         row, began = dict(kind=kind, tried=0, accepted=0, refused=0, **dict.fromkeys(PROBLEMS, 0), seconds=0., first_problem=''), time.monotonic()
         for number in range(len(cases)):

@@ -19,8 +19,8 @@ import av
 import cv2
 import numpy as np
 
-from vicc.engine.io import Isolated, WorkerDied
-from vicc.prepare import PrepareSettings, prepare_video, sweep
+from vicc.engine.io import IsolatedCall, WorkerDied, remove_partial_files
+from vicc.prepare import PrepareSettings, prepare_video
 from vicc.video import probe, read_frames
 
 SETTINGS = PrepareSettings(short_side=48, flow_method='farneback', flow_bound=5)
@@ -367,7 +367,7 @@ def left_behind(folder: Path, outcome: str, data: bytes, source: Path) -> str:
     "What a case must not leave: half-written files, one file without the other, a changed source. Empty if all is well."
     names = {path.name for path in folder.iterdir()} - {source.name, 'neighbour.mp4'}
     if outcome == 'contained':  # a killed process cannot tidy up: the run that started it does
-        sweep(folder)
+        remove_partial_files(folder)
         names = {path.name for path in folder.iterdir()} - {source.name, 'neighbour.mp4'} - {'rgb.mp4', 'flow.mp4', 'note.txt'}
     wanted = {'used': {'rgb.mp4', 'flow.mp4'}, 'noted': {'rgb.mp4', 'flow.mp4', 'note.txt'}}.get(outcome, set())
     if names != wanted: return f'left behind: {sorted(names ^ wanted)}'
@@ -407,7 +407,7 @@ def verdict(steps: dict[str, tuple[str, str, float]]) -> tuple[str, str]:
 def fuzz_videos(count: int, seed: int, log: Callable[[str], None] = print, isolated: bool = True) -> list[dict[str, Any]]:
     "Try so many cases. One row of COLUMNS for each format and kind of mutation. Not isolated: in this process, for a few."
     seeds, rows, said = make_seeds(), {}, time.monotonic()
-    worker = Isolated(quiet_step, SECONDS, GIB) if isolated else None
+    worker = IsolatedCall(quiet_step, SECONDS, GIB) if isolated else None
     for number in range(count):
         name, kind, data, suffix = case(seeds, seed, number)
         start = time.monotonic()

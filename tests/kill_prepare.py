@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vicc.prepare import HALF_WRITTEN
+from vicc.engine.io import HALF_WRITTEN
 from vicc.synthetic import ShapesSettings, make_moving_shapes
 
 OPTIONS = ['--short-side=96', '--flow-method=farneback', '--flow-bound=5', '--workers=2', '--device=cpu']

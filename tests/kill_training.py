@@ -21,6 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from vicc.engine.checkpoint import rank_files
 from vicc.engine.io import find_project
 from vicc.synthetic import make_moving_shapes
 from vicc.trainer import TIMING
@@ -43,8 +44,8 @@ def start(command: list[str], output: Path) -> subprocess.Popen:
 
 def steps_seen(output: Path) -> int:
     "How many checkpoints and finished stages there are: grows with every step."
-    places = [path for path in output.glob('stages/*/checkpoints/step-*') if (path/'index.json').is_file()]
-    return 1000*len(list(output.glob('stages/0*/stream'))) + max((int(path.name[5:]) for path in places), default=0)
+    steps = [int(path.name[5:]) for path in output.glob('stages/*/checkpoints/step-*') if rank_files(path)]
+    return 1000*len(list(output.glob('stages/0*/stream'))) + max(steps, default=0)
 
 def kill_at(process: subprocess.Popen, done: Callable[[], int], goal: int, rest: float, patience: float = 120) -> bool:
     "Kill as soon as so much is done, and a moment later; False if the run was over before."
@@ -62,7 +63,7 @@ def differences(one: Path, two: Path) -> list[str]:
     for path in sorted(one.glob('stages/*/stream/model.safetensors')):
         ours, theirs = load_file(path), load_file(two/path.relative_to(one))
         found += [f'{path.parent.parent.name}: {name}' for name in ours if ours[name].numpy().tobytes() != theirs[name].numpy().tobytes()]
-    logs = [pd.read_csv(folder/'log.csv', dtype=str).drop(columns=[*TIMING, 'reader_restarts']) for folder in (one, two)]
+    logs = [pd.read_csv(folder/'log.csv', dtype=str).drop(columns=list(TIMING)) for folder in (one, two)]
     if logs[0].shape != logs[1].shape: return found + ['log.csv: number of rows']
     return found + [f'log.csv: {name}' for name in logs[0] if not logs[0][name].equals(logs[1][name])]
 
@@ -79,7 +80,7 @@ def kill_training(folder: Path, kills: int, seed: int = 0, **changes: object) ->
         process = start(command, broken)
         killed = kill_at(process, lambda: steps_seen(broken), max(goal, steps_seen(broken) + (number > 0)), float(rng.uniform(0, .05)))
         rows.append(dict(kill=number + 1, stage=log.stage.unique()[min(goal//1000, len(steps) - 1)], wanted_step=goal % 1000, checkpoint_after=steps_seen(broken) % 1000, stages_done=steps_seen(broken)//1000,
-                         unfinished_checkpoints=len([path for path in broken.glob('stages/*/checkpoints/step-*') if not (path/'index.json').is_file()]), killed=killed))
+                         unfinished_checkpoints=len([path for path in broken.glob('stages/*/checkpoints/step-*') if not rank_files(path)]), killed=killed))
     assert start(command, broken).wait() == 0, (broken/'said.txt').read_text()
     different = differences(folder/'unbroken', broken)
     return pd.DataFrame(rows).assign(weights_and_log_identical=not different, different='; '.join(different)[:200])

@@ -16,15 +16,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from vicc.engine.io import write_text
-from vicc.engine.io import Isolated
+from vicc.engine.io import IsolatedCall, write_text
 from vicc.manifests import folder_manifest
 from vicc.prepare import PrepareSettings, prepare, reason
 from vicc.video import probe
 
 def real_videos(videos: Path, store: Path, settings: PrepareSettings, workers: int | None) -> dict:
     "What happened to the videos of a folder."
-    start, careful = time.monotonic(), Isolated(probe)
+    start, careful = time.monotonic(), IsolatedCall(probe)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         manifest = folder_manifest(videos, labelled=False)  # all that have a video's name

@@ -5,13 +5,13 @@ import pytest
 
 from vicc.recipe import Recipe
 
-from vicc.engine.io import find_project
+from vicc.engine.io import find_project, HOST
 
 from vicc.alternation import alternate
-from vicc.data import TestClips, TwoStreamClips
+from vicc.data import TestClips, TwoStreamDataset
 from vicc.evaluation import evaluate_files
 from vicc.manifests import read_manifest
-from vicc.prepare import PrepareSettings, Store, finish, open_folder, prepare, prepare_video
+from vicc.prepare import PrepareSettings, Store, finalize_store, open_folder, prepare, prepare_video
 from vicc.evaluation import extract_features
 from vicc.synthetic import make_moving_shapes
 from vicc.video import VideoError, read_frames
@@ -31,7 +31,7 @@ def store(shapes, tmp_path_factory):
     "Two of the videos, as the demo's recipe wants them."
     folder, rows = tmp_path_factory.mktemp('prepared'), read_manifest(shapes['train'])[:2]
     open_folder(folder, SETTINGS)
-    return finish(folder, rows, {video: prepare_video(shapes['videos']/video, folder/'rgb'/video, folder/'flow'/video, SETTINGS) for video in rows.video}, {}, 0)
+    return finalize_store(folder, rows, {video: prepare_video(shapes['videos']/video, folder/'rgb'/video, folder/'flow'/video, SETTINGS) for video in rows.video}, {}, 0)
 
 def test_missing_video_is_named_before_any_work(shapes, tmp_path):
     rows = read_manifest(shapes['train'])
@@ -54,7 +54,7 @@ def test_unknown_and_missing_recipe_keys(tmp_path):
     (tmp_path/'more.yaml').write_text(demo + '\nnum_prototype: 3\n')
     with pytest.raises(ValueError, match=r'more.yaml: unknown key .num_prototype. \(did you mean num_prototypes\?\)'): Recipe.read(tmp_path/'more.yaml')
     (tmp_path/'less.yaml').write_text(demo.replace('temperature: 0.1', ''))
-    with pytest.raises(ValueError, match='less.yaml: the key temperature must be given'): Recipe.read(tmp_path/'less.yaml')
+    with pytest.raises(ValueError, match='less.yaml: temperature must be given: a recipe holds every value'): Recipe.read(tmp_path/'less.yaml')
 
 def test_a_preparation_that_was_killed_goes_on(shapes, tmp_path):
     "What a kill leaves is made by hand here; real ones are in test_prepare.test_a_kill."
@@ -63,7 +63,7 @@ def test_a_preparation_that_was_killed_goes_on(shapes, tmp_path):
     whole = prepare(rows, shapes['videos'], tmp_path/'store', settings, **quiet)
     for name in ('manifest.csv', 'checksums.csv', 'report.json', 'problems.csv'): (tmp_path/'store'/name).unlink()
     whole.file(rows.video[2], 'flow').unlink()
-    whole.file(rows.video[2], 'rgb').with_name('.half.1.part.mp4').write_bytes(b'half')
+    whole.file(rows.video[2], 'rgb').with_name(f'.half.{HOST}-4194305.part.mp4').write_bytes(b'half')  # no process has this number
     with pytest.raises(FileNotFoundError, match='not a finished store'): Store(tmp_path/'store')
     done = {path: path.stat().st_mtime_ns for video in rows.video[:2] for path in (whole.file(video, 'rgb'), whole.file(video, 'flow'))}
     store = prepare(rows, shapes['videos'], tmp_path/'store', settings, **quiet)
@@ -94,7 +94,7 @@ def test_store_grown_with_other_settings(shapes, store):
 def test_store_grown_with_other_class_names(shapes, store):
     rows = read_manifest(shapes['test'])
     other = rows.assign(class_name='act ' + rows.class_name)
-    with pytest.raises(ValueError, match="column class_name: label 0 is 'act slide_x' here and 'slide_x' in row 2: make them the same"):
+    with pytest.raises(ValueError, match="column class_name: label 0 is 'act slide_x' here and 'slide_x' before: make them the same"):
         prepare(other, shapes['videos'], store.path, SETTINGS)
     assert len(Store(store.path).manifest) == 2
 
@@ -106,7 +106,7 @@ def test_clips_that_do_not_fit_the_store(store):
     with pytest.raises(ValueError, match='all 2 videos have fewer than 18 frames'): TestClips(store)  # the paper's values on videos of 16 frames
     clips = TestClips(store, clip_length=8, min_frames=1)
     with pytest.raises(ValueError, match='a crop of 224 does not fit into frames of 64×64: lower test_crop'): extract_features(lambda views: views.flatten(1), clips, size=32, crop=224)
-    for make in (lambda: TestClips(store, stream='depth', clip_length=8, min_frames=1), lambda: TwoStreamClips(store, streams=('rgb', 'depth'))):
+    for make in (lambda: TestClips(store, stream='depth', clip_length=8, min_frames=1), lambda: TwoStreamDataset(store, streams=('rgb', 'depth'))):
         with pytest.raises(ValueError, match="stream 'depth' is not 'rgb' or 'flow'"): make()
 
 def test_damaged_store_settings(store, tmp_path):
@@ -119,4 +119,4 @@ def test_labels_out_of_range_and_twice(tmp_path):
     (tmp_path/'m.csv').write_text('video,label,class_name\na.mp4,0,run\nb.mp4,101,jump\n')
     with pytest.raises(ValueError, match='m.csv: row 3, column label: 101 is not one of 0 … 100: correct it'): read_manifest(tmp_path/'m.csv', num_classes=101)
     (tmp_path/'m.csv').write_text('video,label\na.mp4,0\nb.mp4,1\na.mp4,0\n')
-    with pytest.raises(ValueError, match="m.csv: row 4, column video: 'a.mp4' is already in row 2: take one of the two out"): read_manifest(tmp_path/'m.csv')
+    with pytest.raises(ValueError, match="m.csv: row 4, column video: 'a.mp4' is there twice: take one of the two out"): read_manifest(tmp_path/'m.csv')

@@ -6,12 +6,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from vicc.losses import swapped_prediction_loss, view_assignments
-from vicc.prototypes import ProjectionQueue, Prototypes, normalise_rows, sinkhorn
+from vicc.prototypes import ProjectionQueue, Prototypes, normalize_rows, sinkhorn
 
 VIEWS, CLIPS, FEATURES, DIM, PROTOTYPES, QUEUE = 2, 12, 10, 8, 20, 28
 
 class Model(nn.Module):
-    "An encoder of one layer and its prototypes: features [V, B, F] -> scores V x [B, K] and projections [V, B, D]."
+    "One layer and prototypes: features [V, B, F] -> scores V x [B, K] and projections [V, B, D]."
     def __init__(self):
         super().__init__()
         g = torch.Generator().manual_seed(0)
@@ -19,12 +19,13 @@ class Model(nn.Module):
         with torch.no_grad(): self.encoder.weight.copy_(torch.randn(DIM, FEATURES, generator=g))
 
     def forward(self, features):
-        projections = normalise_rows(self.encoder(features))
+        projections = normalize_rows(self.encoder(features))
         return [self.prototypes(z) for z in projections], projections
 
 def draw():
     g = torch.Generator().manual_seed(1)
-    return torch.randn(VIEWS, CLIPS, FEATURES, generator=g), normalise_rows(torch.randn(VIEWS, QUEUE, DIM, generator=g))
+    return torch.randn(VIEWS, CLIPS, FEATURES,
+                       generator=g), normalize_rows(torch.randn(VIEWS, QUEUE, DIM, generator=g))
 
 def one_step(features, older, wrap=lambda model: model):
     "Assignments, loss and gradients of a step, with a queue if `older` is given."
@@ -33,12 +34,13 @@ def one_step(features, older, wrap=lambda model: model):
     if older is not None:
         queue = ProjectionQueue(VIEWS, older.shape[1], DIM)
         queue.push(older)
-    wrapped = wrap(model)                                                   # kept: DistributedDataParallel must outlive the backward pass
+    wrapped = wrap(model)  # kept: DistributedDataParallel must outlive the backward pass
     scores, _ = wrapped(features)
     assignments = view_assignments(scores, queue, model.prototypes.weight)
     loss = swapped_prediction_loss(scores, assignments)
     loss.backward()
-    return {'assignments': torch.stack(assignments), 'loss': loss.detach(), 'encoder': model.encoder.weight.grad, 'prototypes': model.prototypes.weight.grad}
+    return {'assignments': torch.stack(assignments), 'loss': loss.detach(),
+            'encoder': model.encoder.weight.grad, 'prototypes': model.prototypes.weight.grad}
 
 def refused(scores):
     try: sinkhorn(scores)
@@ -76,7 +78,7 @@ def test_two_halves_are_the_whole(results, case):
     close(torch.cat([h['assignments'] for h in halves], dim=1), whole['assignments'])
     close(sum(h['loss'] for h in halves) / 2, whole['loss'])
     for name in ('encoder', 'prototypes'):
-        for half in halves: close(half[name], whole[name])              # DistributedDataParallel has averaged them
+        for half in halves: close(half[name], whole[name])  # DistributedDataParallel has averaged them
         assert whole[name].norm() > 1e-2
 
 def test_balance_is_over_all_processes(results):

@@ -16,12 +16,7 @@ EXPERIMENTS = sorted((ROOT/'nbs').glob('run_*.ipynb'))
 RECIPES = sorted((ROOT/'nbs'/'recipes').glob('*.yaml'))
 UT_INTERACTION = ROOT.parent/'shared'/'data'/'ut_interaction_set1'
 TINY = dict(single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=1, cycles=1, single_batch_size=8, cross_batch_size=8, num_prototypes=6,
-            backbone_options={'width': 4}, projection_dim=8)
-
-def parameters(notebook: Path) -> dict:
-    "Names and defaults of a notebook's parameters."
-    return {name: yaml.safe_load(about['default'].replace("'", '"')) if about['default'][0] in '\'"{[' else eval(about['default'])
-            for name, about in pm.inspect_notebook(notebook).items()}
+            backbone_options={'width': 4}, projection_dim=8)  # values of the recipe, as `-p name value`
 
 def execute(values: dict, folder: Path, name: str = 'run_pretrain') -> nbformat.NotebookNode:
     "Run an experiment from the root of the project, as a user would."
@@ -33,10 +28,12 @@ def pictures(notebook: nbformat.NotebookNode) -> int:
 
 @pytest.mark.timeout(300)
 def test_pretrain_makes_its_own_data_and_goes_on(tmp_path):
-    values = dict(TINY, num_train_videos=16, num_test_videos=8, output=str(tmp_path/'run'), collapse_lesson=True)
+    values = dict(TINY, num_train_videos=16, num_test_videos=8, output=str(tmp_path/'run'), collapse_lesson=True,
+                  backbone_options="{'width': 4}", weight_decay='2e-5')  # texts, as -p gives them
     notebook = execute(values, tmp_path)
     metrics = json.loads((tmp_path/'run'/'metrics.json').read_text())
     assert metrics['recipe']['num_prototypes'] == 6 and metrics['train_videos'] == 16
+    assert metrics['recipe']['backbone_options'] == {'width': 4} and metrics['recipe']['weight_decay'] == 2e-5
     assert set(metrics['results']) == {'chance', 'random rgb', 'random flow', 'rgb-1', 'flow-1', 'rgb-2 cycle 1', 'flow-2 cycle 1'}
     assert metrics['results']['chance']['R@1'] == 0.125
     assert pictures(notebook) >= 8
@@ -75,21 +72,28 @@ def test_has_documented_parameters(notebook):
 
 @pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.stem)
 def test_recipe_belongs_to_the_notebook(recipe):
-    values = Recipe.read(recipe)
-    names = set(pm.inspect_notebook(ROOT/'nbs'/'run_pretrain.ipynb'))
-    assert set(yaml.safe_load(recipe.read_text())) <= names
-    assert values.plan()
+    values = yaml.safe_load(recipe.read_text())
+    assert set(values) == set(Recipe.model_fields) and Recipe.read(recipe).plan()
+    assert Recipe.read('demo').replace(**values) == Recipe.read(recipe)  # as `papermill -f` gives them to the notebook
+    parameters = pm.inspect_notebook(ROOT/'nbs'/'run_pretrain.ipynb')
+    assert parameters['recipe']['default'] == "'demo'" and len(parameters) <= 16 and not set(parameters) & set(values)
 
-def test_demo_recipe_holds_the_defaults():
-    defaults = parameters(ROOT/'nbs'/'run_pretrain.ipynb')
-    demo = yaml.safe_load((ROOT/'nbs'/'recipes'/'demo.yaml').read_text())
-    assert {name: defaults[name] for name in demo} == demo
+def test_a_recipe_of_before_is_read(tmp_path):
+    "Its optimizer was an optimiser, and it knew less."
+    values = yaml.safe_load((ROOT/'nbs'/'recipes'/'demo.yaml').read_text())
+    values['optimiser'] = values.pop('optimizer')
+    for name in ('video_preset', 'accumulate', 'sync_batchnorm', 'patience', 'compile'): del values[name]
+    (tmp_path/'old.yaml').write_text(yaml.safe_dump(values))
+    assert Recipe.read(tmp_path/'old.yaml') == Recipe.read('demo')
+    assert Recipe.read(tmp_path/'old.yaml', optimizer='sgd').optimizer == Recipe.read('demo', optimiser='sgd').optimizer == 'sgd'
 
 @pytest.mark.parametrize('values, words', [
     (dict(sede=1), 'no parameter .*sede.*did you mean seed'),
+    (dict(seed=-1), 'seed is -1, but must be greater'),
+    (dict(recipe='nothing'), 'the recipe .*nothing.yaml does not exist'),
     (dict(manifest='nowhere.csv', videos='.'), 'nowhere.csv'),
     (dict(manifest='nowhere.csv'), 'give both manifest and videos'),
-], ids=['unknown key', 'missing manifest', 'manifest without videos'])  # wrong values of a recipe: 08_alternation
+], ids=['unknown key', 'wrong value', 'missing recipe', 'missing manifest', 'manifest without videos'])  # others: engine/recipe
 def test_wrong_parameters_are_refused_before_any_work(values, words, tmp_path):
     with pytest.raises(Exception, match=words): execute(dict(TINY, output=str(tmp_path/'run'), **values), tmp_path)
     assert not (tmp_path/'run'/'store').exists()

@@ -1,4 +1,4 @@
-"vicc.viz.explorer: clips that can be played, names that stay names, a page that needs no network, menus that change what plays; and run_prototypes from nothing but saved streams."
+"vicc.viz.explorer: clips that play, names that stay names, a page without network; run_prototypes from saved streams."
 import base64
 import io
 import json
@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vicc.viz.explorer import Choice, Clip, ExplorerWidget, choice_html, class_choices, clip_bytes, data_address, explorer_page, folded_html, prototype_choices, query_choices, show_explorer
+from vicc.viz.explorer import (
+    Clip, Entry, class_entries, clip_bytes, entry_html, explorer_page, folded_html, prototype_entries,
+    query_entries,
+)
 
 ROOT = Path(__file__).parents[1]
 EVIL = '</script><script>alert(1)</script>"><img src=x onerror=alert(2)> \'&amp; $title ${style} ‮'
@@ -50,11 +53,14 @@ def evil_clip(number: int) -> Clip:
     "A clip with names that are a program."
     return Clip(clip_bytes(frames()), EVIL, EVIL)
 
-def some_choices() -> list[Choice]:
+def some_entries() -> list[Entry]:
     "Two prototypes, two classes and a query of six videos."
-    assignments, labels = np.array([[.9, .1], [.2, .8], [.8, .2], [.3, .7], [.6, .4], [.4, .6]]), np.array([0, 1, 0, 1, 0, 1])
-    return [*prototype_choices('rgb-1', assignments, labels, NAMES, 2), *class_choices('rgb-1', assignments, labels, NAMES, 2),
-            *query_choices('rgb-1', [5], [[3, 0]], [[.9, .1]], [f'videos/{i}.mp4' for i in range(6)], labels, NAMES)]
+    assignments, labels = np.array([[.9, .1], [.2, .8], [.8, .2], [.3, .7], [.6, .4], [.4, .6]]), np.array([0,
+            1, 0, 1, 0, 1])
+    return [*prototype_entries('rgb-1', assignments, labels, NAMES, 2),
+            *class_entries('rgb-1', assignments, labels, NAMES, 2),
+            *query_entries('rgb-1', [5], [[3, 0]], [[.9, .1]], [f'videos/{i}.mp4' for i in range(6)], labels,
+                           NAMES)]
 
 @pytest.mark.parametrize('size', [(24, 32), (25, 33), (150, 40)])
 @pytest.mark.parametrize('flow', [False, True])
@@ -75,90 +81,72 @@ def test_long_clips_are_thinned_and_short_ones_kept():
     assert len(decoded(clip_bytes(frames(num_frames=2)))) == 2
     assert len(decoded(clip_bytes(frames(num_frames=1)))) == 1
 
-@pytest.mark.parametrize('wrong', [np.zeros((3, 8, 8)), np.zeros((3, 8, 8, 2), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)], ids=['float', 'two channels', 'empty'])
+@pytest.mark.parametrize('wrong',
+                         [np.zeros((3, 8, 8)), np.zeros((3, 8, 8, 2), np.uint8),
+                          np.zeros((0, 8, 8, 3), np.uint8)], ids=['float', 'two channels', 'empty'])
 def test_wrong_frames_are_refused(wrong):
     with pytest.raises(ValueError, match='frames'): clip_bytes(wrong)
 
 def test_names_are_escaped_everywhere():
-    choice = Choice(EVIL, EVIL, EVIL, (0,), (EVIL,))
-    page = explorer_page([choice], evil_clip, [EVIL], EVIL, EVIL)
-    for text in (choice_html(choice, evil_clip, [EVIL]), folded_html([choice], evil_clip, [EVIL]), page, ExplorerWidget([choice], evil_clip, [EVIL]).view.value):
+    entry = Entry(EVIL, EVIL, EVIL, (0,), (EVIL,))
+    page = explorer_page([entry], evil_clip, [EVIL], EVIL, EVIL)
+    for text in (entry_html(entry, evil_clip, [EVIL]), folded_html([entry], evil_clip, [EVIL]), page):
         tags = Tags(text)
         assert EVIL in ''.join(tags.words)  # the reader sees the name as it is
-        assert not [attributes for _, attributes in tags.found if any(name.startswith('on') and name != 'onsubmit' for name in attributes)]
-        assert all(attributes.get('src', 'data:').startswith('data:image/webp;base64,') or 'src' not in attributes for _, attributes in tags.found)
+        assert not [attributes for _, attributes in tags.found
+                    if any(name.startswith('on') and name != 'onsubmit' for name in attributes)]
+        assert all(attributes.get('src', 'data:').startswith('data:image/webp;base64,')
+                   or 'src' not in attributes for _, attributes in tags.found)
     assert [tag for tag, _ in Tags(page).found].count('script') == 2  # the clips and ours
 
 def test_page_is_self_contained():
-    page = explorer_page(some_choices(), clip_of, NAMES, 'Title', 'About')
+    page = explorer_page(some_entries(), clip_of, NAMES, 'Title', 'About')
     assert not re.search(r'https?:|@import|url\(|fetch\(|XMLHttpRequest|<link|<iframe', page)
     assert "default-src 'none'" in page
     tags = Tags(page).found
-    assert not [attributes for _, attributes in tags if {'src', 'href'} & set(attributes)]  # pictures get their bytes from the script
+    # pictures get their bytes from the script
+    assert not [attributes for _, attributes in tags if {'src', 'href'} & set(attributes)]
     films = json.loads(page.split('id="clips">')[1].split('</script>')[0])
     wanted = {attributes['data-clip'] for tag, attributes in tags if tag == 'img'}
     assert set(films) == wanted
-    for number, film in films.items(): assert base64.b64decode(film) == clip_of(int(number)).film
+    for number, film in films.items(): assert base64.b64decode(film) == clip_of(int(number)).webp
     targets = {attributes['value'] for tag, attributes in tags if tag == 'option'}
     identities = [attributes['id'] for _, attributes in tags if 'id' in attributes]
     assert targets <= set(identities) and len(identities) == len(set(identities))
 
 def test_folded_lists_need_no_script():
-    text = folded_html(some_choices(), clip_of, NAMES)
+    text = folded_html(some_entries(), clip_of, NAMES)
     tags = Tags(text).found
-    assert {tag for tag, _ in tags} == {'p', 'b', 'details', 'summary', 'table', 'tr', 'td', 'img', 'br', 'small'}
+    assert {tag for tag, _ in tags} == {'p', 'b', 'details', 'summary', 'table', 'tr', 'td', 'img', 'br',
+                                        'small'}
     assert sum('open' in attributes for _, attributes in tags) == 3  # the first prototype, class and query
-
-def test_choosing_changes_what_plays():
-    asked = []
-    def asked_for(number: int) -> Clip:
-        asked.append(number)
-        return clip_of(number)
-    choices = some_choices()
-    widget = ExplorerWidget(choices, asked_for, NAMES)
-    playing = lambda: [number for number in range(6) if data_address(clip_of(number).film) in widget.view.value]
-    assert playing() == sorted(choices[0].clips) == asked == [0, 2]
-    widget.choice.value = 1
-    assert playing() == sorted(choices[1].clips) == [1, 3]
-    widget.group.value = 'rgb-1: queries'
-    assert widget.choice.label == 'hug: videos/5.mp4' and playing() == [0, 3, 5]
-    assert 'same class, similarity 0.90' in widget.view.value
-    widget.group.value = 'rgb-1: prototypes'
-    assert playing() == [0, 2]
-    widget.on.click(); assert playing() == [1, 3]
-    widget.on.click(); assert playing() == [0, 2]
-    widget.back.click(); assert playing() == [1, 3]
-    assert 4 not in asked  # clips that nobody chose are not read
 
 def test_without_labels_nothing_is_said_about_classes():
     assignments, nobody = np.array([[.9, .1], [.2, .8]]), ['no label']
-    choices = [*prototype_choices('rgb', assignments, [0, 0], nobody), *query_choices('rgb', [0], [[1]], [[.5]], ['a', 'b'], [0, 0], nobody)]
-    assert not [words for choice in choices for words in (choice.title, choice.note, *choice.words) if 'class' in words or 'label' in words]
+    entries = [*prototype_entries('rgb', assignments, [0, 0], nobody),
+               *query_entries('rgb', [0], [[1]], [[.5]], ['a', 'b'], [0, 0], nobody)]
+    assert not [words for entry in entries for words in (entry.title, entry.note, *entry.words)
+                if 'class' in words or 'label' in words]
 
 def test_nothing_to_explore_is_refused():
-    for make in (lambda: explorer_page([], clip_of, NAMES), lambda: ExplorerWidget([], clip_of, NAMES)):
-        with pytest.raises(ValueError, match='at least one choice'): make()
-    with pytest.raises(ValueError): choice_html(Choice('a', 'b', 'c', (0, 1), ('one word',)), clip_of, NAMES)
-
-def test_menus_where_someone_watches_and_lists_elsewhere(monkeypatch):
-    shown = []
-    monkeypatch.setattr('IPython.display.display', lambda bundle, raw: shown.append(bundle))
-    for name in ('JPY_SESSION_NAME', 'VSCODE_PID', 'VSCODE_CWD'): monkeypatch.delenv(name, raising=False)
-    assert show_explorer(some_choices(), clip_of, NAMES) is None
-    monkeypatch.setenv('JPY_SESSION_NAME', 'notebook')
-    assert isinstance(show_explorer(some_choices(), clip_of, NAMES), ExplorerWidget)
-    assert [set(bundle) for bundle in shown] == [{'text/html', 'text/plain'}, {'application/vnd.jupyter.widget-view+json', 'text/html', 'text/plain'}]
+    for render in (explorer_page, folded_html):
+        with pytest.raises(ValueError, match='at least one entry'): render([], clip_of, NAMES)
+    with pytest.raises(ValueError): entry_html(Entry('a', 'b', 'c', (0, 1), ('one word',)), clip_of, NAMES)
 
 def test_page_in_a_browser(tmp_path):
     "The page's own script shows the chosen clips, and no name of a stranger runs."
     chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     if chromium is None: pytest.skip('there is no Chromium')
-    evil = Choice('evil', '<img src=x onerror="document.title=1">', EVIL, (0,), ('word',))
-    (tmp_path/'page.html').write_text(explorer_page([*some_choices(), evil], clip_of, NAMES, 'Title'), encoding='utf-8')
-    command = [chromium, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}/profile', '--virtual-time-budget=2000', '--dump-dom', f'file://{tmp_path}/page.html#1']
-    page = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, 'HOME': str(tmp_path)}).stdout
-    playing = {attributes['data-clip'] for tag, attributes in Tags(page).found if tag == 'img' and attributes.get('src', '').startswith('data:image/webp')}
-    assert playing == {str(number) for number in some_choices()[1].clips}
+    evil = Entry('evil', '<img src=x onerror="document.title=1">', EVIL, (0,), ('word',))
+    (tmp_path/'page.html').write_text(explorer_page([*some_entries(), evil], clip_of, NAMES, 'Title'),
+                                      encoding='utf-8')
+    command = [chromium, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}/profile',
+               '--virtual-time-budget=2000', '--dump-dom', f'file://{tmp_path}/page.html#1']
+    page = subprocess.run(command, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, 'HOME': str(tmp_path)}).stdout
+    playing = {attributes['data-clip'] for tag, attributes in Tags(page).found if tag == 'img'
+               and attributes.get('src', '').startswith('data:image/webp')}
+    assert playing == {str(number) for number in some_entries()[1].clips}
     assert '<title>Title</title>' in page
 
 @pytest.mark.timeout(300)
@@ -171,15 +159,20 @@ def test_run_prototypes_from_saved_streams(tmp_path):
     from vicc.streams import save_stream
     from vicc.synthetic import make_moving_shapes
     made = make_moving_shapes(tmp_path/'shapes', 16, 8, threads=1)
-    store = prepare(made['train'], made['videos'], tmp_path/'store', DEMO.prepare_settings(), workers=0, log=lambda line: None)
+    store = prepare(made['train'], made['videos'], tmp_path/'store', DEMO.prepare_settings(), workers=0,
+                    log=lambda line: None)
     rows = store.manifest.assign(class_name=store.manifest.class_name.replace('rotate', EVIL))
     rows.to_csv(tmp_path/'train.csv', index=False)
     save_stream(new_streams(DEMO)['rgb'], tmp_path/'rgb')
-    values = dict(rgb=str(tmp_path/'rgb'), recipe=str(ROOT/'nbs'/'recipes'/'demo.yaml'), store=str(store.path), manifest=str(tmp_path/'train.csv'), test_fraction=.5,
+    values = dict(rgb=str(tmp_path/'rgb'), recipe=str(ROOT/'nbs'/'recipes'/'demo.yaml'), store=str(store.path),
+                  manifest=str(tmp_path/'train.csv'), test_fraction=.5,
                   output=str(tmp_path/'out'), page_prototypes=2, page_queries=2, clips_shown=3)
-    pm.execute_notebook(ROOT/'nbs'/'run_prototypes.ipynb', tmp_path/'out.ipynb', values, progress_bar=False, cwd=ROOT)
+    pm.execute_notebook(ROOT/'nbs'/'run_prototypes.ipynb', tmp_path/'out.ipynb', values, progress_bar=False,
+                        cwd=ROOT)
     metrics = json.loads((tmp_path/'out'/'metrics.json').read_text())
     assert 0 < metrics['encoders']['rgb']['purity'] <= 1 and metrics['encoders']['rgb']['K'] == 24
-    assert {path.name for path in (tmp_path/'out'/'pictures').glob('*.png')} == {'assignments-rgb.png', 'tsne-rgb.png', 'montage-rgb-00.png', 'neighbours-rgb.png'}
+    assert {path.name for path in (tmp_path/'out'/'pictures').glob('*.png')} == {'assignments-rgb.png',
+            'tsne-rgb.png', 'montage-rgb-00.png', 'neighbours-rgb.png'}
     assert EVIL not in (tmp_path/'out'/'report.html').read_text()
-    assert not [attributes for _, attributes in Tags((tmp_path/'out'/'explorer.html').read_text()).found if 'onerror' in attributes]
+    assert not [attributes for _, attributes in Tags((tmp_path/'out'/'explorer.html').read_text()).found
+                if 'onerror' in attributes]

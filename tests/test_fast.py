@@ -9,10 +9,10 @@ from accelerate.state import AcceleratorState
 
 from vicc.backbones import create_backbone
 from vicc.bench import repeated_rows, small_store
-from vicc.data import TwoStreamClips, collate
+from vicc.data import TwoStreamDataset, collate
 from vicc.fast.layers import compile_embed, optimize_layers, restore_layers, mark_step
 from vicc.augment import ViewSettings
-from vicc.trainer import Stage, StageConfig
+from vicc.trainer import Trainer, StageConfig
 from vicc.streams import Stream
 
 needs_compiler = pytest.mark.skipif(shutil.which('c++') is None, reason='no C++ compiler')
@@ -21,7 +21,7 @@ needs_compiler = pytest.mark.skipif(shutil.which('c++') is None, reason='no C++ 
 @pytest.fixture(scope='module')
 def samples(tmp_path_factory):
     store = small_store(tmp_path_factory.mktemp('fast'), videos=2, height=48, width=64, num_frames=24)
-    dataset = TwoStreamClips(store, repeated_rows(store, 8), clip_length=8, views=ViewSettings(size=32))
+    dataset = TwoStreamDataset(store, repeated_rows(store, 8), clip_length=8, views=ViewSettings(size=32))
     return dataset, collate([dataset[number] for number in range(8)])
 
 
@@ -32,17 +32,17 @@ def new_stage(samples, device, compiled, backbone=('small', {'width': 8}), preci
     assert accelerator.device.type == device
     torch.manual_seed(0)
     rgb, flow = (Stream(backbone[0], 8, 16, backbone[1]) for _ in range(2))
-    stage = Stage('rgb', rgb, StageConfig(batch_size=8, queue_length=0, optimiser='sgd', learning_rate=0.1, freeze_prototypes_epochs=0), samples[0], accelerator, flow)
-    if compiled: stage.speed_up(graphs)
+    stage = Trainer('rgb', rgb, StageConfig(batch_size=8, queue_length=0, optimizer='sgd', learning_rate=0.1, freeze_prototypes_epochs=0), samples[0], accelerator, flow)
+    if compiled: stage.compile(graphs)
     stage.model.train()
     return stage
 
 
 def one_step(stage, batch):
     "Its loss, all its gradients in a row, and the weights after it."
-    meter = stage.meter()
-    stage.step(batch, 0, meter)
-    return meter.loss.item(), torch.cat([parameter.grad.flatten().float() for parameter in stage.stream.parameters()]).cpu(), {name: value.float().cpu() for name, value in stage.stream.state_dict().items()}
+    metrics = stage.create_metrics()
+    stage.step(batch, 0, metrics)
+    return metrics.loss.item(), torch.cat([parameter.grad.flatten().float() for parameter in stage.stream.parameters()]).cpu(), {name: value.float().cpu() for name, value in stage.stream.state_dict().items()}
 
 
 @pytest.mark.parametrize('device, count', [pytest.param('cpu', 2, marks=needs_compiler), pytest.param('cuda', 5, marks=pytest.mark.gpu)])
@@ -56,7 +56,7 @@ def test_compiled_steps_are_the_same(samples, device, count):
             assert own_loss == pytest.approx(loss, rel=1e-4), number
             assert (own_gradients - gradients).norm() <= 1e-2*gradients.norm(), number
             for name, value in weights.items(): assert (value - own_weights[name]).norm() <= 2e-3*value.norm() + 1e-4, (number, name)
-    for stage in (plain, compiled): stage.close()
+    for stage in (plain, compiled): stage.teardown()
 
 
 @pytest.mark.gpu
@@ -73,7 +73,7 @@ def test_steps_in_bf16_are_as_near_to_float32_with_and_without_graphs(samples, b
         for name in ('compiled', 'graphs'):
             assert results[name][0] == pytest.approx(loss, rel=5e-2), (name, number)
             assert distance[name] <= 1.5*distance['plain'] + 1e-2, (number, distance)
-    for stage in stages.values(): stage.close()
+    for stage in stages.values(): stage.teardown()
 
 
 def test_the_other_stream_and_the_names_stay(samples):

@@ -11,15 +11,15 @@ import faults
 from helpers import DEMO, assert_same
 from vicc.engine.io import find_project
 from vicc.augment import ViewSettings
-from vicc.engine.checkpoint import checkpoint_folders, damage
-from vicc.data import TwoStreamClips
+from vicc.engine.checkpoint import checkpoint_folders, verify
+from vicc.data import TwoStreamDataset
 from vicc.prepare import prepare
-from vicc.trainer import Stage, StageConfig
+from vicc.trainer import Trainer, StageConfig
 from vicc.streams import Stream
 from vicc.synthetic import make_moving_shapes
 from vicc.trainer import TIMING, RunConfig, fit
 
-SETTINGS = StageConfig(epochs=2, schedule_epochs=None, batch_size=2, optimiser='adamw', learning_rate=.003, final_learning_rate=1e-3, freeze_prototypes_epochs=0, queue_length=8, queue_start_epoch=0)
+SETTINGS = StageConfig(epochs=2, schedule_epochs=None, batch_size=2, optimizer='adamw', learning_rate=.003, final_learning_rate=1e-3, freeze_prototypes_epochs=0, queue_length=8, queue_start_epoch=0)
 RESULTS = find_project(__file__)/'nbs'/'results'
 
 @pytest.fixture(scope='module')
@@ -30,10 +30,10 @@ def store(tmp_path_factory):
     return prepare(made['train'], made['videos'], folder/'store', DEMO.prepare_settings(), workers=0, log=lambda line: None)
 
 def train(store, folder, cache_gib=1., lines=None):
-    data = TwoStreamClips(store, None, ('flow',), 8, views=ViewSettings(size=32), cache_gib=cache_gib)
+    data = TwoStreamDataset(store, None, ('flow',), 8, views=ViewSettings(size=32), cache_gib=cache_gib)
     torch.manual_seed(0)
     stream = Stream('small', 6, 8, {'width': 4})
-    history = fit('flow-1', 'flow', stream, data, SETTINGS, folder, accelerator=Accelerator(cpu=True), log=(lines if lines is not None else []).append, upkeep=RunConfig(save_every_steps=1))
+    history = fit('flow-1', 'flow', stream, data, SETTINGS, folder, accelerator=Accelerator(cpu=True), log=(lines if lines is not None else []).append, run_config=RunConfig(save_every_steps=1))
     return stream.state_dict(), history.drop(columns=list(TIMING))
 
 @pytest.fixture(scope='module')
@@ -41,18 +41,18 @@ def unbroken(store, tmp_path_factory): return train(store, tmp_path_factory.mkte
 
 def before_step(monkeypatch, at, act):
     "Do something before a step, counted from 1."
-    real, seen = Stage.step, []
+    real, seen = Trainer.step, []
     def step(self, *arguments):
         seen.append(1)
         if len(seen) == at: act()
         real(self, *arguments)
-    monkeypatch.setattr(Stage, 'step', step)
+    monkeypatch.setattr(Trainer, 'step', step)
 
 @pytest.mark.parametrize('name, message', [('loss', 'lower the learning rate.*last good checkpoint'), ('memory', 'too little memory for batch_size 2.*raise accumulate')])
 def test_ends_with_advice_and_goes_on(store, tmp_path, unbroken, monkeypatch, name, message):
     before_step(monkeypatch, 6, faults.INSIDE[name])
     with pytest.raises(ValueError, match=message): train(store, tmp_path)
-    assert [place.name for place in checkpoint_folders(tmp_path) if damage(place) is None] == ['step-000000005', 'step-000000004']
+    assert [place.name for place in checkpoint_folders(tmp_path) if verify(place) is None] == ['step-000000005', 'step-000000004']
     monkeypatch.undo()
     assert_same(unbroken, train(store, tmp_path))
 

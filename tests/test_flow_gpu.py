@@ -1,4 +1,5 @@
-"TV-L1 in Triton against TV-L1 in PyTorch: on the CPU through Triton's interpreter (small and few), on a GPU where there is one."
+"""TV-L1 in Triton against TV-L1 in PyTorch: on the CPU through Triton's interpreter (small and few), on a GPU where
+there is one."""
 import os
 import subprocess
 import sys
@@ -31,13 +32,13 @@ def moving(height, width, motions):
 
 INTERPRETED = '''
 import numpy as np, torch
-from vicc.flow import TVL1Settings, tvl1_level
-from vicc.fast.tvl1 import fused_level, interpreted
-assert interpreted()
+from vicc.fast.tvl1 import INTERPRETED, TVL1Settings, fused_level, tvl1_level
+assert INTERPRETED
 rng = torch.Generator().manual_seed(0)
 I0, I1 = (255*torch.nn.functional.avg_pool2d(torch.rand(2, 1, 21, 38, generator=rng), 3, 1, 1) for _ in range(2))
 u = 0.5*torch.randn(2, 2, 21, 38, generator=rng)
-for settings in (dict(median=3, check_every=3, inner_iterations=7), dict(median=1, check_every=1, inner_iterations=2), dict(epsilon=0., tau=0.1, lambda_=0.05, theta=0.5, inner_iterations=6)):
+for settings in (dict(median=3, check_every=3, inner_iterations=7), dict(median=1, check_every=1, inner_iterations=2),
+                 dict(epsilon=0., tau=0.1, lambda_=0.05, theta=0.5, inner_iterations=6)):
     s = TVL1Settings(warps=1, outer_iterations=1, **settings)
     expected, got = tvl1_level(I0, I1, u, s), fused_level(I0, I1, u, s)
     distance = (got - expected).norm(dim=1)
@@ -48,7 +49,8 @@ for settings in (dict(median=3, check_every=3, inner_iterations=7), dict(median=
 def test_kernels_in_the_interpreter():
     environment = dict(os.environ, TRITON_INTERPRET='1', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
     ran = subprocess.run([sys.executable, '-c', INTERPRETED], capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
-    if 'only 0-dimensional arrays' in ran.stderr: pytest.skip("the interpreter of this Triton does not work with this NumPy (3.6 and older with 2.4 and newer)")
+    if 'only 0-dimensional arrays' in ran.stderr:
+        pytest.skip('the interpreter of Triton 3.6 and older does not work with NumPy 2.4 and newer')
     assert ran.returncode == 0, ran.stderr
 
 
@@ -81,7 +83,7 @@ def test_agrees_with_opencv():
 def test_memory_does_not_grow_with_length():
     peaks = []
     for pairs in (64, 256):
-        frames = [torch.from_numpy(np.repeat(part, pairs, axis=0)) for part in moving(120, 160, [(1, 2)])]
+        frames = [torch.from_numpy(np.repeat(frame, pairs, axis=0)) for frame in moving(120, 160, [(1, 2)])]
         torch.cuda.reset_peak_memory_stats()
         vf.tvl1(*frames, device='cuda', pairs_at_once=32)
         peaks.append(torch.cuda.max_memory_allocated())

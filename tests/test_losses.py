@@ -1,25 +1,28 @@
-"A step's assignments and loss never make the CPU wait for the GPU; the queue survives checkpoints of other kinds."
+"A step's assignments and loss never make the CPU wait for the GPU; the queue survives checkpoints."
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from vicc.losses import swapped_prediction_loss, view_assignments
-from vicc.prototypes import ProjectionQueue, Prototypes, agreement, assignment_entropy, normalise_rows, prototypes_in_use, sinkhorn
+from vicc.prototypes import (
+    ProjectionQueue, Prototypes, agreement, assignment_entropy, normalize_rows, prototypes_in_use, sinkhorn,
+)
 
 def test_no_waiting():
-    "Fake tensors have no values, so reading one (as .item() or an if would) raises. A whole step must get through."
+    "Fake tensors have no values, so reading one (as .item() would) raises. A whole step must get through."
     with FakeTensorMode():
         prototypes, queue = Prototypes(7, 4), ProjectionQueue(4, 6, 4)
         for _ in range(3):
-            prototypes.normalise_()
-            projections = [normalise_rows(torch.randn(3, 4, requires_grad=v < 2)) for v in range(4)]
+            prototypes.normalize_()
+            projections = [normalize_rows(torch.randn(3, 4, requires_grad=v < 2)) for v in range(4)]
             scores = [prototypes(z) for z in projections]
             assignments = view_assignments(scores, queue, prototypes.weight, check=False)
             swapped_prediction_loss(scores, assignments).backward()
             queue.push(torch.stack(projections))
             assignment_entropy(assignments[0]), prototypes_in_use(assignments[0]), agreement(*assignments[:2])
         assert queue.full
-        with pytest.raises(DataDependentOutputException): sinkhorn(torch.randn(3, 7))      # the check looks at values: the test can fail
+        # the check looks at values: the test can fail
+        with pytest.raises(DataDependentOutputException): sinkhorn(torch.randn(3, 7))
 
 def test_queue_in_safetensors(tmp_path):
     queue = ProjectionQueue(2, 4, 3)

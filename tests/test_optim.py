@@ -9,46 +9,46 @@ def test_no_waiting():
     with FakeTensorMode():
         for foreach in (True, False):
             network = nn.Linear(5, 3)
-            optimiser = LARC(network.parameters(), foreach=foreach)
+            optimizer = LARC(network.parameters(), foreach=foreach)
             for _ in range(2):
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 network(torch.ones(4, 5)).sum().backward()
-                optimiser.step()
+                optimizer.step()
 
 def test_mixed_types():
     "A model with parameters of two types is stepped bundle by bundle."
     parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float64)), nn.Parameter(torch.ones(2, 2))]
-    optimiser = LARC(parameters, lr=1., momentum=0., weight_decay=0., trust_coefficient=0.1)
+    optimizer = LARC(parameters, lr=1., momentum=0., weight_decay=0., trust_coefficient=0.1)
     for p in parameters: p.grad = torch.ones_like(p)
-    optimiser.step()
+    optimizer.step()
     for p in parameters: torch.testing.assert_close(p.detach(), torch.full_like(p, 0.9))
 
 def test_closure():
     parameter = nn.Parameter(torch.tensor([3., 4.]))
-    optimiser = LARC([parameter])
+    optimizer = LARC([parameter])
     def closure():
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = parameter.square().sum()
         loss.backward()
         return loss
-    assert optimiser.step(closure).item() == 25
-    assert optimiser.step(closure).item() < 25
+    assert optimizer.step(closure).item() == 25
+    assert optimizer.step(closure).item() < 25
 
 def test_scale_survives_a_checkpoint():
     make = lambda: create_optimizer('sgd', [dict(params=[nn.Parameter(torch.ones(1))], lr_scale=0.1), dict(params=[nn.Parameter(torch.ones(1))])], 0.1)
-    optimiser = make()
-    optimiser.load_state_dict(make().state_dict())
-    set_learning_rate(optimiser, 1.)
-    assert [group['lr'] for group in optimiser.param_groups] == [0.1, 1.]
+    optimizer = make()
+    optimizer.load_state_dict(make().state_dict())
+    set_learning_rate(optimizer, 1.)
+    assert [group['lr'] for group in optimizer.param_groups] == [0.1, 1.]
 
 def test_accelerate_wrapper():
     from accelerate import Accelerator
     network = nn.Linear(3, 2)
     accelerator = Accelerator(cpu=True)
-    network, optimiser = accelerator.prepare(network, LARC(network.parameters()))
-    set_learning_rate(optimiser, 0.25)
-    assert optimiser.param_groups[0]['lr'] == 0.25
+    network, optimizer = accelerator.prepare(network, LARC(network.parameters()))
+    set_learning_rate(optimizer, 0.25)
+    assert optimizer.param_groups[0]['lr'] == 0.25
     before = network.weight.detach().clone()
     accelerator.backward(network(torch.ones(4, 3)).square().sum())
-    optimiser.step()
+    optimizer.step()
     torch.testing.assert_close((network.weight.detach() - before).norm() / before.norm(), torch.tensor(0.25 * 0.001), rtol=1e-3, atol=0)

@@ -1,4 +1,4 @@
-"""vicc.viz.plots: what the notebook viz/plots leaves out: odd inputs, large class counts, settings left alone, files whole or absent."""
+"""vicc.viz.plots: odd inputs, large class counts, settings left alone, files whole or absent."""
 import subprocess
 import sys
 
@@ -18,14 +18,16 @@ def clip(seed: int = 0, num_frames: int = 5, size: int = 12) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (num_frames, size, size, 3), np.uint8)
 
 
-def history(stages=(('rgb-1', 0), ('flow-1', 0), ('rgb-2', 1), ('flow-2', 1)), epochs: int = 3, **columns) -> pd.DataFrame:
+def history(stages=(('rgb-1', 0), ('flow-1', 0), ('rgb-2', 1), ('flow-2', 1)), epochs: int = 3,
+            **columns) -> pd.DataFrame:
     rows = [dict(stage=stage, cycle=cycle, epoch=epoch, loss=2. - epoch / 4, num_prototypes=24, **columns)
             for stage, cycle in stages for epoch in range(epochs)]
     return pd.DataFrame(rows)
 
 
 def results(**columns) -> pd.DataFrame:
-    rows = [(stage, stream, k, recall + .01 * k) for stage, stream, recall in [('random encoder', 'rgb', .2), ('rgb-1', 'rgb', .3), ('flow-1', 'flow', .6)]
+    rows = [(stage, stream, k, recall + .01 * k) for stage, stream,
+            recall in [('random encoder', 'rgb', .2), ('rgb-1', 'rgb', .3), ('flow-1', 'flow', .6)]
             for k in (1, 5)]
     return pd.DataFrame(rows, columns=['stage', 'stream', 'k', 'recall']).assign(**columns)
 
@@ -37,7 +39,8 @@ def every_picture():
     yield plots.plot_clip(clip())
     yield plots.plot_clips([clip(0), clip(1)], flow=[clip(2), clip(3)], title='two clips')
     yield plots.plot_views({'view 1': clip()[None], 'view 2': clip(1)[None]})
-    yield plots.plot_training_curves(history(prototypes_in_use=20, assignment_entropy=3., agreement=.5), title='history')
+    yield plots.plot_training_curves(history(prototypes_in_use=20, assignment_entropy=3., agreement=.5),
+                                     title='history')
     yield plots.plot_assignments(chosen, labels, NAMES)
     yield plots.compare_assignments(chosen, labels, labels, NAMES)
     yield plots.plot_prototype_montage([[clip(0), clip(1)], [clip(2)]], [[0, 1], [2]], NAMES, title='montage')
@@ -137,13 +140,15 @@ def test_clips_by_name_find_their_flow():
     (np.zeros((5, 12, 12, 3), np.float32), 'uint8'),
     (np.zeros((0, 12, 12, 3), np.uint8), 'empty')])
 def test_wrong_frames_are_refused(frames, message):
-    for call in (plots.plot_clip, plots.time_overlay, plots.clip_summary, plots.film_strip, lambda f: plots.plot_clips([f])):
+    for call in (plots.plot_clip, plots.time_overlay, plots.clip_summary, plots.film_strip,
+                 lambda f: plots.plot_clips([f])):
         with pytest.raises(ValueError, match=message): call(frames)
 
 
 def test_views_need_the_same_samples():
     with pytest.raises(ValueError, match='empty'): plots.plot_views({})
-    with pytest.raises(ValueError, match=r'view 1 must have shape \[N, T, H, W, 3\]'): plots.plot_views({'view 1': clip()})
+    with pytest.raises(ValueError, match=r'view 1 must have shape \[N, T, H, W, 3\]'):
+        plots.plot_views({'view 1': clip()})
     figure = plots.plot_views({'view 1': torch.from_numpy(np.stack([clip(i) for i in range(6)]))}, samples=2)
     assert [ax.get_ylabel() for ax in figure.axes] == ['sample 0', 'sample 1']
 
@@ -181,9 +186,11 @@ def test_curves_with_little_in_the_table():
     gaps = history(prototypes_in_use=np.nan)
     gaps.loc[1, 'loss'] = np.nan
     assert len(plots.plot_training_curves(gaps).axes) == 1  # an empty column draws nothing
-    with pytest.raises(ValueError, match=r"lacks the columns \['loss'\]"): plots.plot_training_curves(bare[['stage']], 3)
+    with pytest.raises(ValueError, match=r"lacks the columns \['loss'\]"):
+        plots.plot_training_curves(bare[['stage']], 3)
     with pytest.raises(ValueError, match='give num_prototypes='): plots.plot_training_curves(bare)
-    with pytest.raises(ValueError, match=r'K = \[24, 300\]'): plots.plot_training_curves(pd.concat([history(), history().assign(num_prototypes=300)]))
+    with pytest.raises(ValueError, match=r'K = \[24, 300\]'):
+        plots.plot_training_curves(pd.concat([history(), history().assign(num_prototypes=300)]))
     with pytest.raises(ValueError, match='no rows'): plots.plot_training_curves(history()[:0])
 
 
@@ -215,10 +222,13 @@ def test_rows_sum_to_one_and_order_is_a_permutation(seed):
 def test_soft_and_hard_assignments_agree():
     chosen, labels = np.array([0, 2, 2, 1]), np.array([0, 1, 1, 0])
     soft = np.eye(3)[chosen]
-    np.testing.assert_array_equal(plots.assignment_matrix(soft, labels), plots.assignment_matrix(chosen, labels))
+    np.testing.assert_array_equal(plots.assignment_matrix(soft, labels),
+                                  plots.assignment_matrix(chosen, labels))
     np.testing.assert_array_equal(plots.nearest_prototype(soft), chosen)
     assert plots.prototype_purity(soft, labels) == plots.prototype_purity(chosen, labels) == 1.
-    np.testing.assert_array_equal(plots.assignment_matrix(7 * soft, labels), plots.assignment_matrix(soft, labels))  # any scale of rows
+    # any scale of rows
+    np.testing.assert_array_equal(plots.assignment_matrix(7 * soft, labels),
+                                  plots.assignment_matrix(soft, labels))
 
 
 def test_purity_by_hand():
@@ -227,7 +237,8 @@ def test_purity_by_hand():
     assert plots.prototype_purity([0, 0, 0, 0], [0, 1, 2, 3]) == .25
     assert plots.prototype_nmi([0, 0, 0, 0], [0, 1, 2, 3]) == 0
     one_each = np.arange(50)
-    assert plots.prototype_purity(one_each, one_each % 2) == plots.shuffled_purity(one_each, one_each % 2) == 1.  # the trap
+    # the trap
+    assert plots.prototype_purity(one_each, one_each % 2) == plots.shuffled_purity(one_each, one_each % 2) == 1.
 
 
 def test_heat_map_axes_and_titles():
@@ -242,7 +253,8 @@ def test_heat_map_axes_and_titles():
 
 
 def test_compare_shares_one_scale_and_takes_other_samples():
-    figure = plots.compare_assignments([0, 0, 0, 0, 1], [0, 1, 2], [0, 1, 2, 0, 1], NAMES, labels_after=[0, 1, 2])
+    figure = plots.compare_assignments([0, 0, 0, 0, 1], [0, 1, 2], [0, 1, 2, 0, 1], NAMES,
+                                       labels_after=[0, 1, 2])
     left, right = figure.axes[:2]
     assert left.images[0].get_clim() == right.images[0].get_clim() == (0, 100)
     assert len(left.get_xticks()) == 2 and len(right.get_xticks()) == 3
@@ -264,7 +276,8 @@ def test_wrong_assignments_are_refused(assignments, labels, message):
 
 def test_montage_accepts_ragged_rows_and_still_images():
     still = clip()[0]
-    figure = plots.plot_prototype_montage([[still, still], [still]], [[0, 1], [2]], NAMES, titles=['p 5', 'p 7'])
+    figure = plots.plot_prototype_montage([[still, still], [still]], [[0, 1], [2]], NAMES,
+                                          titles=['p 5', 'p 7'])
     assert len(figure.axes) == 1  # no key to time colours where there are no clips
     assert [t.get_text() for t in figure.axes[0].texts] == ['kick', 'hug', 'point']
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ['p 5', 'p 7']
@@ -272,9 +285,12 @@ def test_montage_accepts_ragged_rows_and_still_images():
     for name in NAMES:
         colour = np.round(255 * np.array(mpl.colors.to_rgb(plots.class_colours(NAMES)[name])))
         assert (canvas == colour.astype(np.uint8)).all(-1).any(), name
-    with pytest.raises(ValueError, match='titles has 1'): plots.plot_prototype_montage([[still], [still]], [[0], [1]], NAMES, titles=['p'])
-    with pytest.raises(ValueError, match='at least one image'): plots.plot_prototype_montage([[]], [np.zeros(0, int)], NAMES)
-    with pytest.raises(ValueError, match='one size'): plots.plot_prototype_montage([[still, still[:4]]], [[0, 0]], NAMES)
+    with pytest.raises(ValueError, match='titles has 1'):
+        plots.plot_prototype_montage([[still], [still]], [[0], [1]], NAMES, titles=['p'])
+    with pytest.raises(ValueError, match='at least one image'):
+        plots.plot_prototype_montage([[]], [np.zeros(0, int)], NAMES)
+    with pytest.raises(ValueError, match='one size'):
+        plots.plot_prototype_montage([[still, still[:4]]], [[0, 0]], NAMES)
 
 
 def test_long_class_names_are_cut_to_their_tile():
@@ -284,12 +300,14 @@ def test_long_class_names_are_cut_to_their_tile():
 
 
 def test_retrieval_marks_right_and_wrong():
-    figure = plots.plot_retrieval([clip()], [[clip(1), clip(2)]], [1], [[1, 0]], NAMES, similarities=[[.9, .81]])
+    figure = plots.plot_retrieval([clip()], [[clip(1), clip(2)]], [1], [[1, 0]], NAMES,
+                                  similarities=[[.9, .81]])
     texts = figure.axes[0].texts
     assert [t.get_text() for t in texts] == ['query: hug', '✓ 0.90 hug', '✗ 0.81 kick']
     assert [t.get_color() for t in texts[1:]] == [plots.RIGHT, plots.WRONG]
     with pytest.raises(ValueError, match='one row a query'): plots.plot_retrieval([clip()], [], [1], [], NAMES)
-    with pytest.raises(ValueError, match='similarities of query 0'): plots.plot_retrieval([clip()], [[clip()]], [1], [[1]], NAMES, [[.1, .2]])
+    with pytest.raises(ValueError, match='similarities of query 0'):
+        plots.plot_retrieval([clip()], [[clip()]], [1], [[1]], NAMES, [[.1, .2]])
 
 
 # ── results
@@ -307,26 +325,26 @@ def test_recall_bars_group_streams_and_show_chance():
 
 def test_results_are_checked():
     with pytest.raises(ValueError, match=r'k = 20; it has \[1, 5\]'): plots.plot_recall_bars(results(), k=20)
-    for draw in (plots.plot_recall_bars, plots.results_table):
-        with pytest.raises(ValueError, match='more than once'): draw(pd.concat([results(), results()]))
-        with pytest.raises(ValueError, match='not percent'): draw(results(recall=30.))
-        with pytest.raises(ValueError, match=r"lacks the columns \['stream'\]"): draw(results().drop(columns='stream'))
+    draw = plots.plot_recall_bars
+    with pytest.raises(ValueError, match='more than once'): draw(pd.concat([results(), results()]))
+    with pytest.raises(ValueError, match='not percent'): draw(results(recall=30.))
+    with pytest.raises(ValueError, match=r"lacks the columns \['stream'\]"):
+        draw(results().drop(columns='stream'))
 
 
-def test_table_keeps_order_fills_gaps_and_repeats_itself():
-    some = results().iloc[:-1]  # flow-1 has no R@5
-    table = plots.results_table(some)
-    assert list(table.data.index) == [('random encoder', 'rgb'), ('rgb-1', 'rgb'), ('flow-1', 'flow')]
-    assert table.to_html() == plots.results_table(some).to_html()
-    assert 'bold' in table.to_html() and '–' in table.to_html()
-    lines = plots.markdown_table(table.data).splitlines()
-    assert lines[0] == '| stage | stream | R@1 [%] | R@5 [%] |'
-    assert lines[-1] == '| flow-1 | flow | 61.0 | – |'
+def test_tables_fill_gaps_and_print_the_best_in_bold():
+    rows = ['random encoder', 'rgb-1', 'flow-1']
+    table = pd.DataFrame({'R@1 [%]': [21., 31., 61.], 'R@5 [%]': [25., 35., np.nan]},
+                         index=pd.Index(rows, name='stage'))
+    page = plots.format_table(table, best=True).to_html()
+    assert page.count('bold') == 1 and '–' in page and 'bold' not in plots.format_table(table).to_html()
+    lines = plots.markdown_table(table).splitlines()
+    assert lines[0] == '| stage | R@1 [%] | R@5 [%] |'
+    assert lines[-1] == '| flow-1 | 61.0 | – |'
 
 
-def test_table_with_cycles_in_a_column_of_their_own():
+def test_bars_with_cycles_in_a_column_of_their_own():
     rows = pd.DataFrame([dict(stage='rgb-2', cycle=c, stream='rgb', k=1, recall=.5 + c / 10) for c in (1, 2)])
-    assert list(plots.results_table(rows).data.index) == [('rgb-2 cycle 1', 'rgb'), ('rgb-2 cycle 2', 'rgb')]
     labels = [t.get_text() for t in plots.plot_recall_bars(rows).axes[0].get_xticklabels()]
     assert labels == ['cross-stream\ncycle 1', 'cross-stream\ncycle 2']
 
@@ -338,11 +356,13 @@ def test_confusion_with_a_class_without_videos():
     with pytest.raises(ValueError, match=r'must have shape \[3, 3\]'): plots.plot_confusion(np.eye(2), NAMES)
     with pytest.raises(ValueError, match='counts'): plots.plot_confusion(np.zeros((3, 3)), NAMES)
     big = plots.plot_confusion(np.eye(101), [f'class {i}' for i in range(101)])
-    assert not big.axes[0].texts and not big.axes[0].get_xticks().size  # ten thousand numbers would not be legible
+    assert not big.axes[0].texts
+    assert not big.axes[0].get_xticks().size  # ten thousand numbers would not be legible
 
 
 def test_points_must_be_plane():
-    with pytest.raises(ValueError, match=r'points must have shape \[N, 2\], not \[4, 3\]'): plots.plot_embedding(np.zeros((4, 3)), [0] * 4, NAMES)
+    with pytest.raises(ValueError, match=r'points must have shape \[N, 2\], not \[4, 3\]'):
+        plots.plot_embedding(np.zeros((4, 3)), [0] * 4, NAMES)
 
 
 # ── files, notebooks
@@ -371,11 +391,13 @@ def test_save_closes_pyplot_figures(tmp_path):
 
 def test_large_pictures_shrink_for_notebooks():
     figure = plots.new_figure(4, 4)
-    figure.subplots().imshow(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8), interpolation='nearest')
+    figure.subplots().imshow(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8),
+                             interpolation='nearest')
     assert len(figure.png(largest=1000)) < .6 * len(figure.png(largest=10 ** 7))
 
 
 def test_module_imports_nothing_of_ours_and_no_torch():
-    code = ("import sys; import vicc.viz.plots; ours = [m for m in sys.modules if m.startswith('vicc.') and m != 'vicc.viz.plots'];"
+    code = ("import sys; import vicc.viz.plots;"
+            "ours = [m for m in sys.modules if m.startswith('vicc.') and not m.startswith('vicc.viz')];"
             "assert not ours, ours; assert 'torch' not in sys.modules; assert 'IPython' not in sys.modules")
     subprocess.run([sys.executable, '-c', code], check=True)

@@ -1,6 +1,8 @@
 "A store that can be trusted: odd and damaged videos, files decoded once, shards, left-overs, GPUs by turns, the report."
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +16,10 @@ import pandas as pd
 import pytest
 from test_video import noise, turned, write_sound
 
-from vicc.engine import io as files
 from vicc import prepare as module
 from vicc.flow import dequantise
 from vicc.manifests import folder_manifest, read_manifest
-from vicc.prepare import PrepareSettings, Store, at_work, prepare, prepare_video, stored_frames
+from vicc.prepare import PrepareSettings, Store, prepare, prepare_video, stored_frames
 from vicc.synthetic import make_moving_shapes
 from vicc.video import VideoError, VideoWriter, read_frames, write_video
 
@@ -108,7 +109,9 @@ def test_damage_in_the_middle(tmp_path):
     write_video(tmp_path/'a.mp4', noise(100, 64, 64))
     (tmp_path/'b.mp4').write_bytes(holed((tmp_path/'a.mp4').read_bytes()))
     facts = one(tmp_path, tmp_path/'b.mp4')
-    assert facts['note'] == f'damaged after {facts["num_frames"]} frames (Invalid data found when processing input): the rest is left out' and 20 < facts['num_frames'] < 40
+    cause = r'(Invalid data found when processing input|marked by the decoder)'  # FFmpeg's versions differ
+    assert re.fullmatch(rf'damaged after {facts["num_frames"]} frames \({cause}\): the rest is left out', facts['note'])
+    assert 20 < facts['num_frames'] < 40
     with pytest.raises(VideoError, match='cannot be decoded'): list(stored_frames(tmp_path/'b.mp4', 64))  # whoever does not ask for notes gets the error
 
 def test_frames_that_change_size(tmp_path):
@@ -146,7 +149,7 @@ def test_useless_files_are_listed_with_the_reason(useless, tmp_path):
     assert list(store.manifest.video) == ['good.mp4'] and store.manifest.num_frames[0] == 6 and 'note' not in store.manifest
     problems = pd.read_csv(tmp_path/'store'/'problems.csv').set_index('video').problem
     wanted = {'empty.mp4': 'cannot be decoded', 'no_table.mp4': 'cannot be decoded', 'one_frame.mp4': '1 frame: flow needs two', 'sound.mp4': 'holds no video stream',
-              'text.mp4': 'cannot be decoded', 'tiny.mp4': 'at least one frame of at least 16'}
+              'text.mp4': 'cannot be decoded', 'tiny.mp4': 'of at least 16'}
     assert set(problems.index) == set(wanted)
     for video, text in wanted.items(): assert video in problems[video] and text in problems[video]
     assert sum(store.report['set_aside'].values()) == 6 and store.report['set_aside']['(N bytes) cannot be decoded: Invalid data found when processing input'] == 3
@@ -212,7 +215,7 @@ def whole(shapes, tmp_path_factory):
     return prepare(shapes['train'], shapes['videos'], tmp_path_factory.mktemp('whole')/'store', SETTINGS, **QUIET)
 
 def contents(store):
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob('*') if path.is_file() and path.suffix in ('.mp4', '.csv') and 'parts' not in path.parts}
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob('*') if path.is_file() and path.suffix in ('.mp4', '.csv')}
 
 def test_damaged_files_of_a_store_are_made_again(shapes, whole, tmp_path):
     shutil.copytree(whole.path, tmp_path/'store')
@@ -238,44 +241,32 @@ def test_a_note_survives_a_killed_run(tmp_path):
     assert again.report['videos_made'] == 0 and again.report['with_a_note'] == 1
     assert 'damaged after' in again.manifest.note[0] == first.manifest.note[0]
 
-@pytest.mark.skipif(files.fcntl is None, reason='this system has no file locks')
 def test_left_overs_go_but_not_those_of_a_neighbour(shapes, whole, tmp_path):
     shutil.copytree(whole.path, tmp_path/'store')
-    left = [tmp_path/'store'/name for name in ('rgb/slide_x/.gone.77.part.mp4', 'flow/.x.5.part.mp4', '.manifest.9.part.csv')]
-    mine = tmp_path/'store'/'rgb'/'.hidden.mp4'
-    for path in (*left, mine): path.touch()
-    code = ('import sys, time; from pathlib import Path; from vicc.prepare import at_work\nwith at_work(Path(sys.argv[1])):\n'
-            '    Path(sys.argv[2]).touch(); print("here", flush=True); time.sleep(600)')
-    neighbours = tmp_path/'store'/'rgb'/'.busy.8.part.mp4'
-    neighbour = subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'store'), str(neighbours)], stdout=subprocess.PIPE)
-    try:
-        assert neighbour.stdout.readline() == b'here\n'
-        assert not any(path.exists() for path in left)  # swept by it, as it was alone
+    host = re.sub(r'\W', '-', platform.node())[:40]
+    neighbour = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
+    names = dict(dead=f'rgb/slide_x/.gone.{host}-999999999.part.mp4', alive=f'flow/.x.{host}-{neighbour.pid}.part.mp4',
+                 hidden='rgb/.hidden.mp4', elsewhere='.manifest.elsewhere-9.part.csv', old='.problems.elsewhere-9.part.csv')
+    files = {what: tmp_path/'store'/name for what, name in names.items()}
+    for path in files.values(): path.touch()
+    os.utime(files['old'], (time.time() - 25*3600,)*2)
+    def left() -> set[str]:
         prepare(shapes['train'], shapes['videos'], tmp_path/'store', SETTINGS, **QUIET)
-        assert neighbours.exists()
+        return {what for what, path in files.items() if path.exists()}
+    try: assert left() == {'alive', 'hidden', 'elsewhere'}
     finally:
         neighbour.kill()
         neighbour.wait()
-        neighbour.stdout.close()
-    prepare(shapes['train'], shapes['videos'], tmp_path/'store', SETTINGS, **QUIET)
-    assert not neighbours.exists() and mine.exists()
-
-def test_without_locks_age_decides(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, 'fcntl', None)
-    for name, age in (('.new.1.part.mp4', 60), ('.old.1.part.mp4', 25*3600)):
-        (tmp_path/name).touch()
-        os.utime(tmp_path/name, (time.time() - age,)*2)
-    with at_work(tmp_path): pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['.lock', '.new.1.part.mp4']
+    assert left() == {'hidden', 'elsewhere'}
 
 @pytest.mark.parametrize('order', [(0, 1, 2), (2, 0, 1)])
 def test_shards_make_the_same_store(shapes, whole, tmp_path, order):
     stores = [prepare(shapes['train'], shapes['videos'], tmp_path/'store', SETTINGS, num_shards=3, shard=shard, **QUIET) for shard in order]
     assert stores[0] is stores[1] is None and contents(stores[2].path) == contents(whole.path)
-    assert stores[2].report['videos'] == stores[2].report['videos_made'] == 8 and stores[2].report['workers'] == 3
-    again = prepare(shapes['train'], shapes['videos'], tmp_path/'store', SETTINGS, num_shards=3, shard=1, **QUIET)  # once more, all parts are there
+    assert stores[2].report['videos'] == stores[2].report['videos_made'] == 8
+    again = prepare(shapes['train'], shapes['videos'], tmp_path/'store', SETTINGS, num_shards=3, shard=1, **QUIET)  # once more, all results are there
     assert contents(again.path) == contents(whole.path)
-    assert prepare(read_manifest(shapes['train'])[:7], shapes['videos'], tmp_path/'store', SETTINGS, num_shards=3, shard=1, **QUIET) is None  # another manifest: other parts
+    assert prepare(read_manifest(shapes['train'])[:7], shapes['videos'], tmp_path/'store', SETTINGS, num_shards=3, shard=1, **QUIET) is None  # another manifest: other shards
 
 def test_shards_at_once_and_more_of_them_than_videos(shapes, whole, tmp_path):
     rows = read_manifest(shapes['train'])[:2]
@@ -309,15 +300,11 @@ def test_backend_is_recorded_outside_the_hash(whole):
     assert json.loads((whole.path/'settings.json').read_text())['flow_made_by'] == ['opencv on cpu', 'triton on cuda']
     assert Store(whole.path).settings == SETTINGS
 
-def test_the_report_says_where_time_goes(shapes, tmp_path):
+def test_the_report_says_what_was_done(shapes, tmp_path):
     lines = []
     report = prepare(shapes['train'], shapes['videos'], tmp_path/'store', SETTINGS, workers=0, log=lines.append).report
-    assert (report['videos'], report['frames'], report['frames_made'], report['limit']) == (8, 128, 128, 'the cores')
-    assert all(seconds > 0 for seconds in report['seconds_of'].values()) and sum(report['seconds_of'].values()) < report['seconds'] + 0.1
-    assert 'decode' in lines[-1] and 'frames/s' in lines[-1]
-    facts = dict(num_frames=10, made=True, note='', decode=1., flow=9., encode=2.)
-    assert module.report_of({'a': facts}, {}, 12., 1, 'triton on cuda')['limit'] == 'the GPU'
-    assert module.report_of({'a': facts | dict(flow=2.)}, {}, 12., 1, 'triton on cuda')['limit'] == 'the cores'
+    assert (report['videos'], report['videos_made'], report['frames'], report['frames_made'], report['set_aside']) == (8, 8, 128, 128, {})
+    assert report['seconds'] > 0 and '8 videos: 8 made, 0 set aside' in lines[-1] and 'frames/s' in lines[-1]
 
 @pytest.mark.skipif(not hasattr(os, 'killpg'), reason='this system knows no process groups')
 def test_a_kill(tmp_path):

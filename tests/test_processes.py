@@ -15,26 +15,26 @@ def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
     "Three epochs of flow-1 with a queue, broken off in the third if asked to: weights, and this process's queue in the last checkpoint."
     from accelerate import Accelerator
     from vicc.augment import ViewSettings
-    from vicc.engine.checkpoint import read_tree
-    from vicc.data import TwoStreamClips
+    from vicc.engine.checkpoint import load_checkpoint
+    from vicc.data import TwoStreamDataset
     from vicc.trainer import StageConfig
     from vicc.streams import Stream
     from vicc.trainer import fit
     accelerator = Accelerator(cpu=True)
-    dataset = TwoStreamClips(Store(folder/'store'), None, ('flow',), 8, views=ViewSettings(size=16))
+    dataset = TwoStreamDataset(Store(folder/'store'), None, ('flow',), 8, views=ViewSettings(size=16))
     if stop: unplug(dataset.frames, 2*8 + 5)  # in the third epoch: each process reads 8 of the 16 videos an epoch
-    settings = StageConfig(epochs=3, schedule_epochs=None, batch_size=4, optimiser='adamw', learning_rate=1e-3, final_learning_rate=1e-5, freeze_prototypes_epochs=0,
+    settings = StageConfig(epochs=3, schedule_epochs=None, batch_size=4, optimizer='adamw', learning_rate=1e-3, final_learning_rate=1e-5, freeze_prototypes_epochs=0,
                              queue_length=16, queue_start_epoch=0)
     torch.manual_seed(0)
     stream = Stream('small', 8, 16, {'width': 4, 'multipliers': [1, 2], 'spatial_strides': [2, 2], 'temporal_strides': [2, 2]})
     fit('flow-1', 'flow', stream, dataset, settings, folder/where, accelerator=accelerator, log=lambda line: None)
-    checkpoint = read_tree(folder/where/'step-000000006', f'process-{accelerator.process_index}')
-    return stream.state_dict(), checkpoint['stage']['queue']
+    rank_state = load_checkpoint(folder/where, accelerator)[1]
+    return stream.state_dict(), rank_state['trainer']['queue']
 
 def work(rank: int, folder: str) -> None:
     "What each process does."
     from accelerate import Accelerator
-    from vicc.trainer import loader_line
+    from vicc.trainer import format_data_errors
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=Path(folder, 'port').read_text(), ACCELERATE_USE_CPU='true')
     torch.set_num_threads(1)
     unbroken = train(Path(folder), 'unbroken', False)
@@ -42,7 +42,7 @@ def work(rank: int, folder: str) -> None:
     except Unplugged: pass
     else: raise AssertionError('was not broken off')
     torch.distributed.barrier()
-    told = loader_line(SimpleNamespace(replaced=[(f'{rank}.avi', 'is empty')], restarts=rank), Accelerator(cpu=True))
+    told = format_data_errors(SimpleNamespace(replaced=[(f'{rank}.avi', 'is empty')]), Accelerator(cpu=True))
     torch.save((unbroken, train(Path(folder), 'broken', False), told), Path(folder)/f'{rank}.pt')
 
 @pytest.fixture(scope='module')
@@ -76,15 +76,15 @@ def test_a_kill_changes_nothing(results, rank):
     assert torch.equal(queue['projections'], queue_again['projections'])
 
 def test_what_could_not_be_read_is_told_for_all(results):
-    assert results[0][2] == results[1][2] == '2 video(s) could not be read, and others took their place: 0.avi: is empty; 1.avi: is empty; 1 dead reading process(es) started again'
+    assert results[0][2] == results[1][2] == '2 video(s) could not be read, and others took their place: 0.avi: is empty; 1.avi: is empty'
 
 @pytest.fixture(scope='module')
 def compared(tmp_path_factory): return two_processes(tmp_path_factory.mktemp('compared')).set_index('case')
 
 @pytest.mark.parametrize('case', [case for case in CASES if 'plain' not in case])
 def test_with_synchronised_batch_norm_two_processes_are_one(compared, case):
-    assert compared.largest_loss_difference[case] < 1e-5
-    assert compared.largest_weight_difference[case] < 1e-4
+    assert compared.largest_loss_difference[case] < 1e-6  # a loss is summed up in float32
+    assert compared.largest_weight_difference[case] < 1e-12
 
 def test_without_it_they_are_not(compared):
     assert compared.largest_loss_difference['single, queue, plain batch norm'] > 1e-3

@@ -13,8 +13,7 @@ from test_prepare import QUIET, SETTINGS, contents
 from test_video import noise
 
 from vicc import prepare as module
-from vicc.engine.io import StorageError, folder_lock, write_text
-from vicc.engine.io import Crew, Isolated, Limits, WorkerDied
+from vicc.engine.io import IsolatedCall, Limits, StorageError, WorkerDied, WorkerPool, folder_lock, write_text
 from vicc.prepare import Store, prepare
 from vicc.synthetic import make_moving_shapes
 from vicc.video import VideoError, write_video
@@ -126,11 +125,11 @@ def test_two_videos_that_end_their_worker(shapes, tmp_path, monkeypatch):
 
 def test_a_second_chance(shapes, tmp_path, monkeypatch):
     "A worker that dies of something else than its video."
-    class Unlucky(Crew):
+    class Unlucky(WorkerPool):
         def run(self, tasks):
             for name, result in super().run(tasks): yield name, WorkerDied('hung', 'hang') if not self.seen and not self.seen.append(name) else result
         seen = []
-    monkeypatch.setattr(module, 'Crew', Unlucky)
+    monkeypatch.setattr(module, 'WorkerPool', Unlucky)
     store = prepare(shapes['train'], shapes['videos'], tmp_path/'store', SETTINGS, workers=1, log=lambda line: None)
     assert len(store.manifest) == 6 and len(Unlucky.seen) == 1
 
@@ -150,7 +149,7 @@ def test_a_claim_of_a_huge_picture(tmp_path):
 
 def test_isolated_keeps_its_worker(tmp_path):
     import multiprocessing
-    pid = Isolated(os.getpid)
+    pid = IsolatedCall(os.getpid)
     assert pid() == pid() != os.getpid()
     pid.close()
     assert not multiprocessing.active_children()

@@ -20,6 +20,32 @@ from vicc.synthetic import make_moving_shapes
 CASES = {'single': dict(queue_length=0), 'single, queue': dict(queue_length=32), 'cross, queue': dict(queue_length=32), 'single, queue, plain batch norm': dict(queue_length=32, sync_batchnorm=False)}
 STEPS = 20
 
+class AllReduceSum(torch.autograd.Function):
+    "The sum of a tensor over all processes; the gradient is summed as well."
+    @staticmethod
+    def forward(context, values):
+        total = values.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context, gradient): return AllReduceSum.forward(context, gradient)
+
+def sync_batchnorm_forward(self, values: torch.Tensor) -> torch.Tensor:
+    "The forward pass of SyncBatchNorm in plain torch: PyTorch's own computes on GPUs only."
+    if not self.training: return torch.nn.modules.batchnorm._BatchNorm.forward(self, values)
+    x, over, shape = values, [0, *range(2, values.ndim)], (1, -1, *[1]*(values.ndim - 2))
+    count = AllReduceSum.apply(x.new_tensor(float(x.numel()//x.shape[1])))
+    mean = AllReduceSum.apply(x.sum(over))/count
+    centred = x - mean.view(shape)
+    variance = AllReduceSum.apply(centred.square().sum(over))/count
+    with torch.no_grad():
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance*count/(count - 1), self.momentum)
+    normed = centred*(variance + self.eps).rsqrt().view(shape)
+    return (normed*self.weight.view(shape) + self.bias.view(shape)).to(values.dtype)
+
 def network():
     "A stream with batch norm."
     from vicc.streams import Stream
@@ -28,17 +54,24 @@ def network():
 def losses(folder: Path, case: str, accelerator, compiled: bool) -> tuple[list[float], torch.Tensor]:
     "The losses of 20 steps (an epoch is one step of 16 videos), and the first layer at the end."
     from vicc.augment import ViewSettings
-    from vicc.data import TwoStreamClips
-    from vicc.trainer import StageConfig
-    from vicc.trainer import RunConfig, fit
+    from vicc.data import TwoStreamDataset
+    from vicc.trainer import MethodSpec, RunConfig, StageConfig, Trainer, fit
+    class DoubleTrainer(Trainer):
+        "All in float64: rounding must not hide what differs, nor grow over the steps."
+        def __init__(self, name, stream, *arguments, **options):
+            torch.set_default_dtype(torch.float64)
+            super().__init__(name, stream, *arguments, **options)
+            torch.set_default_dtype(torch.float32)
+
+        def views(self, batch, name): return [view.double() for view in super().views(batch, name)]
     values = dict(sync_batchnorm=True, **CASES[case]) if 'sync_batchnorm' not in CASES[case] else CASES[case]
-    settings = StageConfig(epochs=STEPS, schedule_epochs=None, batch_size=16//accelerator.num_processes, optimiser='larc', learning_rate=.6, final_learning_rate=.01, freeze_prototypes_epochs=2,
+    settings = StageConfig(epochs=STEPS, schedule_epochs=None, batch_size=16//accelerator.num_processes, optimizer='larc', learning_rate=.6, final_learning_rate=.01, freeze_prototypes_epochs=2,
                              queue_start_epoch=0, **values)
-    dataset = TwoStreamClips(Store(folder/'store'), None, ('rgb', 'flow'), 8, views=ViewSettings(size=32))
+    dataset = TwoStreamDataset(Store(folder/'store'), None, ('rgb', 'flow'), 8, views=ViewSettings(size=32))
     torch.manual_seed(0)
-    stream, other = network(), network() if case.startswith('cross') else None
+    stream, other = network().double(), network().double() if case.startswith('cross') else None
     history = fit('flow', 'flow', stream, dataset, settings, folder/f'{case}-{accelerator.num_processes}', other, accelerator, log=lambda line: None,
-                          upkeep=RunConfig(compile=compiled))
+                  method=MethodSpec(trainer=DoubleTrainer), run_config=RunConfig(compile=compiled))
     return history.loss.tolist(), next(stream.parameters()).detach()
 
 def work(rank: int, folder: str, processes: int, compiled: bool) -> None:
@@ -46,6 +79,8 @@ def work(rank: int, folder: str, processes: int, compiled: bool) -> None:
     from accelerate import Accelerator
     if processes > 1: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=Path(folder, 'port').read_text(), GLOO_SOCKET_IFNAME='lo')
     torch.set_num_threads(1)
+    torch.nn.SyncBatchNorm.forward = sync_batchnorm_forward
+    torch.nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None  # it refuses CPUs
     accelerator = Accelerator(cpu=True)
     results = {case: losses(Path(folder), case, accelerator, compiled and processes > 1) for case in CASES}
     if rank == 0: torch.save(results, Path(folder)/f'{processes}.pt')

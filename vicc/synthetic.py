@@ -29,7 +29,7 @@ CLASSES = ('slide_x', 'slide_y', 'rotate', 'grow', 'shrink', 'oscillate_x', 'osc
 
 @dataclass(frozen=True)
 class ShapesSettings:
-    "What a moving-shapes video looks like. Lengths are shares of the frame's shorter side, so that any frame size shows the same scene."
+    "Look of a moving-shapes video. Lengths are shares of the frame's shorter side."
     num_shapes: int = 5  # shapes a video
     num_frames: int = 16  # frames a video
     height: int = 64  # pixels, even
@@ -44,10 +44,11 @@ class ShapesSettings:
     drift: float = 0.0  # the camera's: sides a frame at most
 
     def __post_init__(self):
-        if self.num_frames < 2: raise ValueError(f'num_frames={self.num_frames}: motion needs at least 2 frames')
-        if self.num_shapes < 1: raise ValueError(f'num_shapes={self.num_shapes}: give at least 1')
-        if self.height < 16 or self.width < 16 or self.height % 2 or self.width % 2:
-            raise ValueError(f'height={self.height}, width={self.width}: both must be even and at least 16 pixels')
+        for name, least in dict(num_frames=2, num_shapes=1, height=16, width=16).items():
+            value = getattr(self, name)
+            if value < least: raise ValueError(f'{name}={value} must be at least {least}')
+        if self.height % 2 or self.width % 2:
+            raise ValueError(f'height={self.height}, width={self.width}: both must be even')
 
 # %% ../nbs/datasets/synthetic.ipynb #87ad858e
 @dataclass
@@ -76,16 +77,20 @@ def draw_motion(
     class_name: str,  # one of CLASSES
     settings: ShapesSettings,  # lengths and speeds
     rng: np.random.Generator,  # where the choices come from
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # x, y (pixels), angle (radians) and scale, [T] each
+) -> tuple[np.ndarray, ...]:  # x, y (pixels), angle (radians) and scale, [T] each
     "The path of a shape of this class. Every class draws the same numbers and uses those it needs."
     if class_name not in CLASSES: raise ValueError(f"class '{class_name}' is not one of {', '.join(CLASSES)}")
     side, count = min(settings.height, settings.width), settings.num_frames
     time = np.arange(count) - (count - 1)/2
-    x, y = np.full(count, rng.uniform(0, settings.width)), np.full(count, rng.uniform(0, settings.height))
+    x = np.full(count, rng.uniform(0, settings.width))
+    y = np.full(count, rng.uniform(0, settings.height))
     angle, scale = np.full(count, rng.uniform(0, 2*math.pi)), np.ones(count)
     direction = rng.choice([-1, 1])
-    speed, turn, growth = rng.uniform(*settings.speed)*side, rng.uniform(*settings.turn), rng.uniform(*settings.growth)
-    swing, phase = rng.uniform(*settings.swing)*side, rng.uniform(0, 2*math.pi) + direction*2*math.pi*time/rng.uniform(*settings.period)
+    speed = rng.uniform(*settings.speed)*side
+    turn = rng.uniform(*settings.turn)
+    growth = rng.uniform(*settings.growth)
+    swing = rng.uniform(*settings.swing)*side
+    phase = rng.uniform(0, 2*math.pi) + direction*2*math.pi*time/rng.uniform(*settings.period)
     if class_name == 'slide_x': x = x + direction*speed*time
     elif class_name == 'slide_y': y = y + direction*speed*time
     elif class_name == 'rotate': angle = angle + direction*turn*time
@@ -104,12 +109,13 @@ def value_noise(
     channels: int = 1,  # independent ones
 ) -> np.ndarray:  # float32 [height, width, channels] in 0–1, the same on opposite edges
     "Smooth noise that wraps around: random values on a grid, blended in between."
-    rows, columns = max(2, round(cells*height/max(height, width))), max(2, round(cells*width/max(height, width)))
+    longer = max(height, width)
+    rows, columns = max(2, round(cells*height/longer)), max(2, round(cells*width/longer))
     grid = rng.random((rows, columns, channels), dtype=np.float32)
     def blend(values: np.ndarray, size: int) -> np.ndarray:
-        place = np.arange(size, dtype=np.float32)/size*len(values)
-        below = place.astype(int)
-        share = (place - below)[:, None, None]
+        position = np.arange(size, dtype=np.float32)/size*len(values)
+        below = position.astype(int)
+        share = (position - below)[:, None, None]
         share = share*share*(3 - 2*share)
         return values[below]*(1 - share) + values[(below + 1) % len(values)]*share
     return blend(blend(grid, height).transpose(1, 0, 2), width).transpose(1, 0, 2)
@@ -120,7 +126,7 @@ def draw_background(
     height: int,  # pixels
     width: int,  # pixels
 ) -> np.ndarray:  # float32 [height, width, 3] in 0–1
-    "Two similar colours mixed by coarse noise, and some fine noise on top, so that flow has something to hold on to."
+    "Two similar colours mixed by coarse noise, and some fine noise on top, so that motion can be measured."
     first = rng.random(3, dtype=np.float32)
     second = np.clip(first + rng.normal(0, 0.35, 3), 0, 1).astype(np.float32)
     first, second = 0.55*first, 0.55*second
@@ -149,7 +155,9 @@ def draw_shape(
 ) -> Shape:
     "A shape with its path."
     radius = rng.uniform(*settings.radius)*min(settings.height, settings.width)
-    return Shape(*draw_motion(class_name, settings, rng), radius, petals=int(rng.integers(3, 7)), depth=rng.uniform(0.1, 0.35), texture=draw_texture(rng))
+    path = draw_motion(class_name, settings, rng)
+    petals, depth = int(rng.integers(3, 7)), rng.uniform(0.1, 0.35)
+    return Shape(*path, radius, petals, depth, draw_texture(rng))
 
 def draw_scene(
     class_name: str,  # one of CLASSES
@@ -158,15 +166,17 @@ def draw_scene(
 ) -> Scene:  # ready to be rendered
     "Draw a scene. Looks are drawn in the same way for every class. Raises ValueError for an unknown class."
     shapes = [draw_shape(class_name, settings, rng) for _ in range(settings.num_shapes)]
-    heading, pace = rng.uniform(0, 2*math.pi), rng.uniform(0, settings.drift)*min(settings.height, settings.width)
-    return Scene(class_name, settings, shapes, draw_background(rng, settings.height, settings.width), (pace*math.cos(heading), pace*math.sin(heading)))
+    heading = rng.uniform(0, 2*math.pi)
+    pace = rng.uniform(0, settings.drift)*min(settings.height, settings.width)
+    background = draw_background(rng, settings.height, settings.width)
+    return Scene(class_name, settings, shapes, background, (pace*math.cos(heading), pace*math.sin(heading)))
 
 # %% ../nbs/datasets/synthetic.ipynb #d2d2cf30
 def shape_coordinates(
     scene: Scene,  # the scene
     shape: Shape,  # one of its shapes
     frame: int,  # which frame
-) -> tuple[np.ndarray, np.ndarray]:  # float32 [H, W, 2] points p in units of the radius, and float32 [H, W] coverage in 0–1
+) -> tuple[np.ndarray, np.ndarray]:  # float32 points p [H, W, 2] in radii, and coverage [H, W] in 0–1
     "For each pixel: the point of the shape that lies there, and how much of the pixel the shape covers."
     height, width = scene.background.shape[:2]
     x, y = shape.x[frame] + frame*scene.drift[0], shape.y[frame] + frame*scene.drift[1]
@@ -187,8 +197,9 @@ def moved_background(
     if not any(scene.drift): return scene.background
     height, width = scene.background.shape[:2]
     column, row = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    return cv2.remap(scene.background, (column - np.float32(frame*scene.drift[0])) % width, (row - np.float32(frame*scene.drift[1])) % height,
-                     cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    column = (column - np.float32(frame*scene.drift[0])) % width
+    row = (row - np.float32(frame*scene.drift[1])) % height
+    return cv2.remap(scene.background, column, row, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
 
 def render(
     scene: Scene,  # drawn by draw_scene
@@ -199,8 +210,9 @@ def render(
         picture = moved_background(scene, t)
         for shape in scene.shapes:
             points, coverage = shape_coordinates(scene, shape, t)
-            place = (points/2 + 0.5)*(len(shape.texture) - 1)
-            paint = cv2.remap(shape.texture, place[..., 0], place[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+            texels = (points/2 + 0.5)*(len(shape.texture) - 1)
+            paint = cv2.remap(shape.texture, texels[..., 0], texels[..., 1], cv2.INTER_LINEAR,
+                              borderMode=cv2.BORDER_REFLECT)
             picture = picture + (paint - picture)*coverage[..., None]
         frames[t] = np.rint(255*picture)
     return frames
@@ -212,11 +224,12 @@ def shape_flow(
     frame: int,  # from this frame to the next
 ) -> np.ndarray:  # float32 [2, H, W] pixels
     "How far each point of a shape moves."
-    place = []
+    positions = []
     for t in (frame, frame + 1):
         cosine, sine = (f(shape.angle[t])*shape.scale[t]*shape.radius for f in (math.cos, math.sin))
-        place.append([shape.x[t] + cosine*points[..., 0] - sine*points[..., 1], shape.y[t] + sine*points[..., 0] + cosine*points[..., 1]])
-    return np.subtract(place[1], place[0]).astype(np.float32)
+        positions.append([shape.x[t] + cosine*points[..., 0] - sine*points[..., 1],
+                          shape.y[t] + sine*points[..., 0] + cosine*points[..., 1]])
+    return np.subtract(positions[1], positions[0]).astype(np.float32)
 
 def exact_flow(
     scene: Scene,  # drawn by draw_scene
@@ -240,27 +253,32 @@ def make_moving_shapes(
     threads: int | None = None,  # videos rendered side by side; None: one a core
     log: Callable[[str], None] = print,  # takes a line now and then
 ) -> dict[str, Path]:  # paths: 'videos', 'train' and 'test'
-    """Render a moving-shapes data set to H.264 files with two manifests. Classes take turns, so they are equally frequent.
+    """Render a moving-shapes data set to H.264 files with two manifests. Classes take turns, so all are as frequent.
 
-    A data set that is there already is kept if it was made with the same values, else made again. Raises ValueError for counts below 1.
+    A data set that exists is kept if it was made with the same values, else made again. Raises ValueError for
+    counts below 1.
     """
-    if num_train < 1 or num_test < 1: raise ValueError(f'num_train={num_train}, num_test={num_test}: both must be at least 1')
+    if min(num_train, num_test) < 1:
+        raise ValueError(f'num_train={num_train}, num_test={num_test}: both must be at least 1')
     folder = Path(folder)
     paths = dict(videos=folder/'videos', train=folder/'train.csv', test=folder/'test.csv')
-    made, wanted = folder/'settings.json', json.dumps(dict(num_train=num_train, num_test=num_test, seed=seed, **asdict(settings)))
-    if made.is_file() and made.read_text() == wanted: return paths
-    made.unlink(missing_ok=True)  # until all is there, this is no data set
+    record = folder/'settings.json'
+    wanted = json.dumps(dict(num_train=num_train, num_test=num_test, seed=seed, **asdict(settings)))
+    if record.is_file() and record.read_text() == wanted: return paths
+    record.unlink(missing_ok=True)  # until all is there, this is no data set
     def make(subset: str, number: int) -> dict:
         label = number % len(CLASSES)
         rng = np.random.default_rng((seed, ('train', 'test').index(subset), number))
         name = f'{CLASSES[label]}/{subset}_{number:05d}.mp4'
-        (folder/'videos'/name).parent.mkdir(parents=True, exist_ok=True)
-        write_video(folder/'videos'/name, render(draw_scene(CLASSES[label], rng, settings)), fps=settings.fps, preset='veryfast')
-        return dict(video=name, label=label, class_name=CLASSES[label], group=f'{subset}_{number:05d}', num_frames=settings.num_frames,
-                    fps=settings.fps, width=settings.width, height=settings.height)
+        file = paths['videos']/name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_video(file, render(draw_scene(CLASSES[label], rng, settings)), fps=settings.fps, preset='veryfast')
+        return dict(video=name, label=label, class_name=CLASSES[label], group=f'{subset}_{number:05d}',
+                    num_frames=settings.num_frames, fps=settings.fps, width=settings.width, height=settings.height)
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for subset, count in (('train', num_train), ('test', num_test)):
-            rows = list(progress(pool.map(make, [subset]*count, range(count)), 'rendered', f'{subset} videos', count, log=log))
-            write_manifest(pd.DataFrame(rows), paths[subset])
-    made.write_text(wanted)
+            rows = pool.map(make, [subset]*count, range(count))
+            rows = progress(rows, 'rendered', f'{subset} videos', count, log=log)
+            write_manifest(pd.DataFrame(list(rows)), paths[subset])
+    record.write_text(wanted)
     return paths

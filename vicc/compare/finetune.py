@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['LINEAR_PROBE', 'FINE_TUNING', 'TRAINING_VIEWS', 'VIEWS', 'RELEASED_JITTER', 'check_probabilities', 'accuracy',
-           'confusion', 'per_class_accuracy', 'fuse', 'ClassifierSettings', 'Classifier', 'load_classifier',
-           'check_labels', 'LabelledClips', 'crop_choices', 'crops_of_clips', 'predict', 'split_validation',
-           'middle_clips', 'save_progress', 'saved_weights', 'is_history', 'load_progress', 'train_epoch', 'validate',
-           'classifier_line', 'is_best', 'parameter_groups', 'training_facts', 'finish_training', 'train_classifier',
-           'cached_predict', 'predictions_table', 'classify']
+           'confusion', 'per_class_accuracy', 'fuse', 'ClassifierConfig', 'Classifier', 'check_labels', 'LabelledClips',
+           'crop_choices', 'iter_test_crops', 'predict', 'split_validation', 'keep_middle_clips', 'ClassifierTrainer',
+           'best_epoch', 'format_classifier_epoch', 'train_classifier', 'cached_predict', 'predictions_table',
+           'classify']
 
 # %% ../../nbs/compare/finetune.ipynb #485b0cda
+import copy
 import math
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,21 +29,22 @@ from accelerate import Accelerator
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn, Tensor
 
-from ..augment import apply_view, crop_boxes, draw_view, ViewSettings
+from ..augment import apply_view, center_crop, crop_boxes, draw_view, ViewSettings
 from ..backbones import create_backbone
-from vicc.data import (
-    ClipLoader, cut_box, epoch_batches, RandomClips, set_epoch, TestClips, training_loader,
-)
-from ..engine.io import atomic_write, disk_errors, one_line, short_repr, write_text
+from ..data import crop_bounds, RandomClips, TestClips, training_loader
+from ..engine.checkpoint import save_checkpoint, weights_hash
+from ..engine.io import disk_errors, write_text
 from ..engine.optim import set_learning_rate
 from vicc.evaluation import (
-    cached_parts, centred_view, clip_parts, clips_hash, evaluation_copy, test_runs, view_batches,
-    weights_hash,
+    batch_views, cached_chunks, clips_hash, frame_sizes, iter_test_videos, split_clips,
 )
+from ..fast.layers import inference_copy
 from ..manifests import split_manifest
 from ..prepare import Store
-from ..streams import load_saved, read_checkpoint, save_stream, Stream
-from ..trainer import dataset_fingerprint, loader_line, seeded, to_device
+from ..streams import save_stream, Stream
+from vicc.trainer import (
+    dataset_fingerprint, epoch_seed, format_data_errors, load_training_state, make_views,
+)
 from ..video import clip_indices, random_clip_start
 
 # %% ../../nbs/compare/finetune.ipynb #2f455be7
@@ -50,11 +53,12 @@ def check_probabilities(
     labels: Sequence[int] | Tensor,  # [videos]
 ) -> Tensor:  # labels, int64 [videos]
     "Raises ValueError for labels that do not fit."
-    labels = torch.tensor([int(label) for label in labels])
-    if len(labels) != len(probabilities): raise ValueError(f'{len(probabilities)} rows of probabilities but {len(labels)} labels: give one label a row')
+    labels, classes = torch.tensor([int(label) for label in labels]), probabilities.shape[1]
+    if len(labels) != len(probabilities):
+        raise ValueError(f'{len(probabilities)} rows of probabilities but {len(labels)} labels')
     if not len(labels): raise ValueError('there is no video')
-    wrong = labels[(labels < 0) | (labels >= probabilities.shape[1])]
-    if len(wrong): raise ValueError(f'label {int(wrong[0])} is not one of the {probabilities.shape[1]} classes (0 to {probabilities.shape[1] - 1})')
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong): raise ValueError(f'label {wrong[0]} is not one of the {classes} classes (from 0)')
     return labels
 
 def accuracy(
@@ -62,23 +66,25 @@ def accuracy(
     labels: Sequence[int] | Tensor,  # [videos]
     k: int = 1,  # 5: the class may be among the five most probable
 ) -> float:  # share 0–1
-    "Share of videos whose class is among the k most probable ones. Raises ValueError for labels that do not fit."
+    "Share of videos whose class is among the k most probable ones."
     labels = check_probabilities(probabilities, labels)
-    return (probabilities.argsort(dim=1, descending=True, stable=True)[:, :k].cpu() == labels[:, None]).any(1).float().mean().item()
+    best = probabilities.argsort(dim=1, descending=True, stable=True)[:, :k].cpu()
+    return (best == labels[:, None]).any(1).float().mean().item()
 
 def confusion(
     probabilities: Tensor,  # [videos, classes]
     labels: Sequence[int] | Tensor,  # [videos]
 ) -> Tensor:  # int64 [classes, classes] counts; rows: true class, columns: predicted class
-    "Who is taken for whom. Raises ValueError for labels that do not fit."
+    "Confusion matrix."
     labels, classes = check_probabilities(probabilities, labels), probabilities.shape[1]
-    return torch.bincount(labels*classes + probabilities.argmax(1).cpu(), minlength=classes**2).reshape(classes, classes)
+    pairs = labels*classes + probabilities.argmax(1).cpu()
+    return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 def per_class_accuracy(
     probabilities: Tensor,  # [videos, classes]
     labels: Sequence[int] | Tensor,  # [videos]
 ) -> Tensor:  # [classes] shares 0–1; nan for a class without videos
-    "Accuracy of each class. Raises ValueError for labels that do not fit."
+    "Accuracy of each class."
     counts = confusion(probabilities, labels).float()
     return counts.diagonal()/counts.sum(1)
 
@@ -86,64 +92,67 @@ def per_class_accuracy(
 def fuse(
     *probabilities: Tensor,  # [videos, classes] of each stream, the same videos in the same order
 ) -> Tensor:  # [videos, classes]
-    "Mean over streams. Raises ValueError for different shapes, or for rows that do not sum to 1 (scores before the softmax, say)."
-    if not probabilities: raise ValueError('there is nothing to fuse: give the probabilities of one stream or more')
-    for number, values in enumerate(probabilities):
+    "Mean over streams. Raises ValueError for other shapes, or for rows that do not sum to 1."
+    for number, values in enumerate(probabilities, 1):
         if values.shape != probabilities[0].shape:
-            raise ValueError(f'probabilities {number + 1} are {list(values.shape)}, the first {list(probabilities[0].shape)}: fuse the same videos and classes')
-        if not torch.allclose(values.sum(1), torch.ones(len(values), device=values.device, dtype=values.dtype), atol=1e-3):
-            raise ValueError(f'rows of probabilities {number + 1} do not sum to 1: fuse after the softmax')
+            raise ValueError(f'probabilities {number} are {list(values.shape)}, '
+                             f'the first {list(probabilities[0].shape)}: fuse the same videos and classes')
+        if not torch.allclose(values.sum(1), torch.ones_like(values[:, 0]), atol=1e-3):
+            raise ValueError(f'rows of probabilities {number} do not sum to 1: fuse after the softmax')
     return torch.stack(probabilities).mean(0)
 
 # %% ../../nbs/compare/finetune.ipynb #e8a25a14
 @dataclass(frozen=True)
-class ClassifierSettings:
-    "How a classifier is trained. Raises ValueError for values that cannot work. Source: ViCC, section 4 and its evaluation protocols."
+class ClassifierConfig:
+    "How a classifier is trained. Raises ValueError for values that cannot work. Source: ViCC, section 4."
     epochs: int = 100  # passes over the training videos, one random clip of each
-    drops: tuple[int, ...] = (60, 80)  # after so many epochs the learning rate falls to a tenth
+    milestones: tuple[int, ...] = (60, 80)  # after so many epochs the learning rate falls to a tenth
     learning_rate: float = 0.1  # at the start
-    backbone_rate: float = 0.0  # the backbone's learning rate is this times as large; 0: it is frozen
+    backbone_lr_scale: float = 0.0  # the backbone's learning rate is this times as large; 0: it is frozen
     momentum: float = 0.9  # of SGD
     weight_decay: float = 1e-3  # of all that is trained
     batch_size: int = 128  # clips a step, over all processes
     dropout: float = 0.0  # share of the features that is dropped in training
     normalise: bool = True  # features to length 1, then batch norm
-    validation_fraction: float = 0.1  # share of the training groups held out to choose the best epoch; 0: the last epoch is kept
-    exact_paper: bool = False  # the released code's habits: validation on 30 % of the test videos, colour jitter left on when testing
+    validation_fraction: float = 0.1  # of the training groups, to choose the best epoch; 0: the last is kept
+    exact_paper: bool = False  # released code: validate on 30 % of the test videos, jitter when testing
     seed: int = 0  # of all random choices
 
     def __post_init__(self):
-        object.__setattr__(self, 'drops', tuple(self.drops))  # a list from a YAML file becomes a tuple
-        for name in ('epochs', 'batch_size'):
-            if getattr(self, name) < 1: raise ValueError(f'{name}={getattr(self, name)}: give at least 1')
-        if list(self.drops) != sorted(set(self.drops)) or any(not 1 <= drop < self.epochs for drop in self.drops):
-            raise ValueError(f'drops={self.drops} must rise and lie between 1 and epochs={self.epochs}: `settings.shortened(epochs)` moves them along')
-        if not self.learning_rate > 0: raise ValueError(f'learning_rate={self.learning_rate}: give a number above 0')
-        for name in ('backbone_rate', 'weight_decay', 'momentum', 'seed'):
-            if getattr(self, name) < 0: raise ValueError(f'{name}={getattr(self, name)}: give 0 or more')
+        object.__setattr__(self, 'milestones', tuple(self.milestones))  # from YAML: a list
+        least = dict.fromkeys(('backbone_lr_scale', 'momentum', 'weight_decay', 'seed'), 0)
+        for name, value in dict(least, epochs=1, batch_size=1).items():
+            if getattr(self, name) < value:
+                raise ValueError(f'{name}={getattr(self, name)}: give at least {value}')
         for name in ('dropout', 'validation_fraction'):
-            if not 0 <= getattr(self, name) < 1: raise ValueError(f'{name}={getattr(self, name)}: give a share from 0 to less than 1')
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: give a share from 0 to less than 1')
+        if not self.learning_rate > 0: raise ValueError(f'learning_rate={self.learning_rate} is not above 0')
+        if not all(a < b for a, b in zip((0, *self.milestones), (*self.milestones, self.epochs))):
+            raise ValueError(f'milestones={self.milestones} must rise and lie between 1 and '
+                             f'epochs={self.epochs}: `config.shortened(epochs)` moves them along')
 
     def shortened(self,
         epochs: int,  # the new length
-    ) -> 'ClassifierSettings':
-        "The same protocol with another number of epochs; the rate drops at the same shares of it."
-        drops = {round(drop*epochs/self.epochs) for drop in self.drops}
-        return replace(self, epochs=epochs, drops=tuple(sorted(drop for drop in drops if 1 <= drop < epochs)))
+    ) -> 'ClassifierConfig':
+        "The same protocol with another number of epochs; the milestones lie at the same shares of it."
+        milestones = {round(milestone*epochs/self.epochs) for milestone in self.milestones}
+        return replace(self, epochs=epochs, milestones=tuple(sorted(milestones & set(range(1, epochs)))))
 
-    def rate(self,
+    def learning_rate_at(self,
         epoch: int,  # counted from 0
     ) -> float:
         "The learning rate of an epoch."
-        return self.learning_rate*0.1**sum(epoch >= drop for drop in self.drops)
+        return self.learning_rate*0.1**bisect_right(self.milestones, epoch)
 
 # %% ../../nbs/compare/finetune.ipynb #f8115823
-LINEAR_PROBE = ClassifierSettings()
-FINE_TUNING = ClassifierSettings(epochs=500, drops=(200, 300, 400, 450), backbone_rate=1.0, dropout=0.9, normalise=False)
+LINEAR_PROBE = ClassifierConfig()
+FINE_TUNING = ClassifierConfig(epochs=500, milestones=(200, 300, 400, 450), backbone_lr_scale=1.0,
+                               dropout=0.9, normalise=False)
 
 # %% ../../nbs/compare/finetune.ipynb #7b9b7f61
 class Classifier(nn.Module, PyTorchModelHubMixin, library_name='vicc'):
-    "A backbone and one linear layer. `Classifier.from_stream` takes the backbone of a stream. Source: ViCC, section 4."
+    "A backbone and one linear layer; `from_stream` takes the backbone of a stream. Source: ViCC, section 4."
     def __init__(self,
         backbone: str = 's3d',  # a name that vicc.backbones.create_backbone knows
         num_classes: int = 101,  # classes
@@ -153,22 +162,26 @@ class Classifier(nn.Module, PyTorchModelHubMixin, library_name='vicc'):
         backbone_options: dict[str, Any] | None = None,  # passed on to create_backbone
     ):
         super().__init__()
-        self.backbone, self.normalise, self.frozen = create_backbone(backbone, **(backbone_options or {})), normalise, frozen
-        length = self.backbone.requires_grad_(not frozen).num_features
-        self.batch_norm, self.dropout, self.linear = nn.BatchNorm1d(length) if normalise else nn.Identity(), nn.Dropout(dropout), nn.Linear(length, num_classes)
+        self.backbone = create_backbone(backbone, **(backbone_options or {})).requires_grad_(not frozen)
+        self.normalise, self.frozen = normalise, frozen
+        width = self.backbone.num_features
+        self.batch_norm = nn.BatchNorm1d(width) if normalise else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(width, num_classes)
 
     @classmethod
     def from_stream(cls,
         stream: Stream,  # its backbone is copied
         num_classes: int,  # classes
-        settings: ClassifierSettings = LINEAR_PROBE,  # says what lies between backbone and linear layer, and the seed
+        config: ClassifierConfig = LINEAR_PROBE,  # what lies between backbone and linear layer, and the seed
     ) -> 'Classifier':
-        "A classifier whose backbone has the stream's weights and whose linear layer is random."
+        "Copy the backbone of a stream and put a random linear layer on it."
         if num_classes < 2: raise ValueError(f'num_classes={num_classes}: there must be at least 2 classes')
-        config = stream._hub_mixin_config
+        saved = stream._hub_mixin_config
         with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            classifier = cls(config['backbone'], num_classes, settings.dropout, settings.normalise, settings.backbone_rate == 0, config.get('backbone_options'))
+            torch.manual_seed(config.seed)
+            classifier = cls(saved['backbone'], num_classes, config.dropout, config.normalise,
+                             config.backbone_lr_scale == 0, saved.get('backbone_options'))
         classifier.backbone.load_state_dict(stream.backbone.state_dict())
         return classifier
 
@@ -181,20 +194,13 @@ class Classifier(nn.Module, PyTorchModelHubMixin, library_name='vicc'):
         clips: Tensor,  # [B, 3, T, h, w] float, normalised
     ) -> Tensor:  # [B, classes] logits: before the softmax
         "Logits of clips."
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen): features = self.backbone(clips)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.backbone(clips)
         if self.normalise: features = F.normalize(features.float(), dim=1)
         return self.linear(self.dropout(self.batch_norm(features)))
 
-# %% ../../nbs/compare/finetune.ipynb #7eac60a6
-def load_classifier(
-    folder: str | os.PathLike,  # made by save_stream or save_pretrained
-    device: str | torch.device = 'cpu',  # where to
-) -> Classifier:  # in eval mode
-    "Load a saved classifier. Raises what vicc.streams.load_saved raises."
-    return load_saved(Classifier, folder, device)
-
 # %% ../../nbs/compare/finetune.ipynb #469b9421
-TRAINING_VIEWS = ViewSettings(jitter=0.3, grey=0.0, blur=0.0, strong=1.0)  # of classifiers: crops, flips, some colour jitter
+TRAINING_VIEWS = ViewSettings(jitter=0.3, grey=0.0, blur=0.0, strong=1.0)  # crops, flips, some colour jitter
 
 def check_labels(
     rows: pd.DataFrame,  # of a manifest
@@ -206,7 +212,8 @@ def check_labels(
     wrong = ~(labels.between(0, num_classes - 1) & (labels % 1 == 0))
     if wrong.any():
         first = rows[wrong].iloc[0]
-        raise ValueError(f'{wrong.sum()} of {len(rows)} {what} videos have no label from 0 to {num_classes - 1} ({first.video}: {first.get("label", "none")}): '
+        raise ValueError(f'{wrong.sum()} of {len(rows)} {what} videos have no label '
+                         f'from 0 to {num_classes - 1} ({first.video}: {first.get("label", "none")}): '
                          'label them, leave them out, or give the right num_classes')
     return torch.tensor(labels.to_numpy(dtype=np.int64))
 
@@ -230,55 +237,62 @@ class LabelledClips(RandomClips):
     def read(self,
         number: int,  # of the video
         rng: np.random.Generator,  # gives all choices
-    ) -> dict[str, Any]:  # 'sample', 'label', 'views': one dict of choices, the stream: one RawClip
+    ) -> dict[str, Any]:  # 'sample', 'label', 'views': choices of one view, and the stream: one clip
         "Draw a sample of a video, and read it."
-        row = self.rows.iloc[number]
-        count, height, width = int(row.num_frames), int(row.height), int(row.width)
+        video, count, height, width = self.videos[number]
         view = draw_view(self.views, height, width, True, rng)
-        indices = clip_indices(count, self.clip_length, random_clip_start(count, self.clip_length, rng, self.stride), self.stride)
-        box = cut_box(view['box'][None], height, width) if self.cut else (0, 0, height, width)
-        moved = {**view, 'box': view['box'] - np.array([*box[:2], 0, 0], view['box'].dtype)}
-        return {'sample': number, 'label': self.labels[number], 'views': [moved], self.stream: self.frames.clips(row.video, self.stream, [(indices, box)])}
+        start = random_clip_start(count, self.clip_length, rng, self.stride)
+        box = crop_bounds(view['box'][None], height, width)
+        view['box'] = view['box'] - np.array([*box[:2], 0, 0], view['box'].dtype)
+        wanted = [(clip_indices(count, self.clip_length, start, self.stride), box)]
+        return {'sample': number, 'label': self.labels[number], 'views': [view],
+                self.stream: self.frames.clips(video, self.stream, wanted)}
 
 # %% ../../nbs/compare/finetune.ipynb #f133c00a
-VIEWS = ('centre', 'five', 'ten')
-RELEASED_JITTER = ViewSettings(jitter=0.3, grey=0.0, blur=0.0)  # what the released code leaves on when it tests
+VIEWS = {'centre': 1, 'five': 5, 'ten': 10}  # crops of a clip
+RELEASED_JITTER = ViewSettings(jitter=0.3, grey=0.0, blur=0.0)  # left on by the released code's test
 
 def crop_choices(
     sizes: Tensor,  # int [B, 2] height and width of each clip's frames, without padding
     views: str = 'ten',  # 'centre', 'five' or 'ten'
     crop: int | None = 224,  # side of the square, pixels; None: the largest that fits
-    generators: Sequence[np.random.Generator] | None = None,  # one a clip: colour jitter is left on, as in the released code
+    generators: Sequence[np.random.Generator] | None = None,  # of each clip: leave colour jitter on
 ) -> list[dict[str, Tensor]]:  # 1, 5 or 10 sets of choices for vicc.augment.apply_view
-    "The test views of clips. Raises ValueError for another name, or for a crop larger than a frame."
+    "Choose the test views of clips. Raises ValueError for another name, or for a crop larger than a frame."
     if views not in VIEWS: raise ValueError(f"views='{views}' is not one of {', '.join(VIEWS)}")
-    choices = centred_view(sizes, crop)
-    cut = [crop_boxes(height, width, crop, ten=views != 'centre') for height, width in sizes.tolist()]
-    several = []
-    for number in range({'centre': 1, 'five': 5, 'ten': 10}[views]):
-        several.append({**choices, 'box': torch.stack([boxes[number] for boxes, _ in cut]), 'flip': torch.stack([flips[number] for _, flips in cut])})
-        if generators is not None:
-            drawn = [draw_view(RELEASED_JITTER, int(height), int(width), True, rng) for (height, width), rng in zip(sizes, generators)]
-            several[-1].update({key: torch.from_numpy(np.stack([view[key] for view in drawn])) for key in ('order', 'factors')})
-    return several
+    center, sizes = center_crop(sizes, crop), sizes.tolist()
+    crops = [crop_boxes(height, width, crop, ten=views != 'centre') for height, width in sizes]
+    choices = []
+    for number in range(VIEWS[views]):
+        box = torch.stack([boxes[number] for boxes, _ in crops])
+        flip = torch.stack([flips[number] for _, flips in crops])
+        choices.append({**center, 'box': box, 'flip': flip})
+        if generators is None: continue
+        drawn = [draw_view(RELEASED_JITTER, *size, True, rng) for size, rng in zip(sizes, generators)]
+        for key in ('order', 'factors'):
+            choices[-1][key] = torch.from_numpy(np.stack([view[key] for view in drawn]))
+    return choices
 
 # %% ../../nbs/compare/finetune.ipynb #d63e29cb
-def crops_of_clips(
+def iter_test_crops(
     clips: TestClips,  # all clips of the videos
     views: str,  # 'centre', 'five' or 'ten' crops of each clip
     crop: int | None,  # side of the square crops, pixels; None: the largest that fits
     settings: ViewSettings,  # size and flow_as_image are used
-    seed: int | None = None,  # of colour jitter, drawn for each clip and crop; None: no jitter
-    **reading: Any,  # device, workers, part, process, processes: see vicc.evaluation.test_runs
+    jitter_seed: int | None = None,  # of colour jitter, drawn for each clip and crop; None: no jitter
+    **reading: Any,  # device, workers, numbers, process, processes: see vicc.evaluation.iter_test_videos
 ) -> Iterator[tuple[Tensor, int]]:  # a view [3, T, size, size] and the number of its video
     "All crops of all clips. Without jitter each frame is cropped once, however many clips share it."
-    for run in test_runs(clips, crop, whole=views != 'centre', **reading):
-        pixels, places = run[clips.stream], run['clips']
-        if seed is not None: pixels = pixels[0][places]  # [clips, T, H, W, C]: every clip gets colours of its own
-        generators = None if seed is None else [np.random.default_rng((seed, number)) for number in run['numbers'].tolist()]
+    for run in iter_test_videos(clips, crop, whole=views != 'centre', **reading):
+        pixels, indices, generators = run[clips.stream], run['clips'], None
+        if jitter_seed is not None:
+            pixels = pixels[0][indices]  # [clips, T, H, W, C]: every clip gets colours of its own
+            generators = [np.random.default_rng((jitter_seed, number)) for number in run['numbers'].tolist()]
         for choices in crop_choices(run['size'].expand(len(pixels), 2), views, crop, generators):
-            shown = apply_view(pixels, {**choices, 'box': choices['box'] - F.pad(run['corner'], (0, 2))}, settings, clips.stream)
-            for number in range(len(places)): yield shown[0][:, places[number]] if seed is None else shown[number], run['video']
+            choices['box'] = choices['box'] - F.pad(run['corner'], (0, 2))
+            crops = apply_view(pixels, choices, settings, clips.stream)
+            for number, frames in enumerate(indices):
+                yield crops[0][:, frames] if generators is None else crops[number], run['video']
 
 # %% ../../nbs/compare/finetune.ipynb #36046c13
 @torch.no_grad()
@@ -294,221 +308,192 @@ def predict(
     flow_as_image: bool = False,  # as in training
     exact_paper: bool = False,  # the released code's habit: colour jitter left on
     seed: int = 0,  # of that jitter
-    part: range | None = None,  # numbers of the clips to use; None: all
-) -> Tensor:  # [videos, classes] float32 on the CPU; videos without clips are left out (see `clips.kept_rows()`)
-    "Probabilities of the classes for each video. Raises ValueError for another name of views or a crop that does not fit. Source: ViCC, evaluation protocols."
-    device = accelerator.device if accelerator else next(classifier.parameters()).device
-    process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    numbers: range | None = None,  # of the clips to use; None: all
+) -> Tensor:  # [videos, classes] float32 on the CPU; videos without clips are left out
+    "Class probabilities of each video. Raises ValueError for views or a crop that do not fit."
     if views not in VIEWS: raise ValueError(f"views='{views}' is not one of {', '.join(VIEWS)}")
-    network, answers, videos = evaluation_copy(classifier.to(device).eval()), [], []
-    seen = crops_of_clips(clips, views, crop, ViewSettings(size=size, flow_as_image=flow_as_image), seed if exact_paper else None,
-                          device=device, workers=workers, part=part, process=process, processes=processes)
-    for batch, numbers in view_batches(seen, batch_size):
-        with torch.autocast(device.type, enabled=False) if accelerator is None else accelerator.autocast(): logits = network(batch)
+    device, reading = next(classifier.parameters()).device, dict(workers=workers, numbers=numbers)
+    if accelerator is not None:
+        device = accelerator.device
+        reading |= dict(process=accelerator.process_index, processes=accelerator.num_processes)
+    network = inference_copy(classifier.to(device).eval())
+    autocast = accelerator.autocast if accelerator else nullcontext
+    crops = iter_test_crops(clips, views, crop, ViewSettings(size=size, flow_as_image=flow_as_image),
+                            seed if exact_paper else None, device=device, **reading)
+    answers, videos = [], []
+    for batch, owners in batch_views(crops, batch_size):
+        with autocast(): logits = network(batch)
         answers.append(logits.float().softmax(1))
-        videos += numbers
-    sums = torch.zeros(len(clips.rows), classifier.linear.out_features + 1, dtype=torch.float64)  # the last column counts views
-    if videos: sums.index_add_(0, torch.tensor(videos), F.pad(torch.cat(answers).cpu().double(), (0, 1), value=1.))
-    if processes > 1: sums = accelerator.reduce(sums.float().to(device), 'sum').cpu().double()
+        videos += owners
+    sums = torch.zeros(len(clips.rows), classifier.linear.out_features + 1, dtype=torch.float64)
+    if videos:  # the last column counts views
+        sums.index_add_(0, torch.tensor(videos), F.pad(torch.cat(answers).cpu().double(), (0, 1), value=1.))
+    if accelerator is not None and accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums.float().to(device), 'sum').cpu().double()
     counted = sums[:, -1] > 0
     return (sums[counted, :-1]/sums[counted, -1:]).float()
 
 # %% ../../nbs/compare/finetune.ipynb #a70025d7
 def split_validation(
     train_rows: pd.DataFrame,  # labelled training videos
-    settings: ClassifierSettings,  # validation_fraction, exact_paper and seed are used
+    config: ClassifierConfig,  # validation_fraction, exact_paper and seed are used
     test_rows: pd.DataFrame | None = None,  # needed with exact_paper
-) -> tuple[pd.DataFrame, pd.DataFrame | None]:  # the videos to train on, and those to choose the best epoch with
-    "Hold out whole groups of the training videos; with exact_paper take 30 % of the test videos instead. Raises ValueError where that cannot be done."
-    rng = np.random.default_rng((settings.seed, 30))
-    if settings.exact_paper:
-        if test_rows is None or len(test_rows) < 2: raise ValueError('exact_paper=True validates on test videos: give test_rows')
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:  # videos to train on, and those to choose the best epoch with
+    "Hold out whole groups of the training videos; with exact_paper take 30 % of the test videos instead."
+    rng = np.random.default_rng((config.seed, 30))
+    if config.exact_paper:
+        if test_rows is None: raise ValueError('exact_paper=True validates on test videos: give test_rows')
         chosen = np.sort(rng.permutation(len(test_rows))[:max(round(0.3*len(test_rows)), 1)])
         return train_rows.reset_index(drop=True), test_rows.iloc[chosen].reset_index(drop=True)
-    if not settings.validation_fraction: return train_rows.reset_index(drop=True), None
-    return split_manifest(train_rows, settings.validation_fraction, rng=rng)
+    if not config.validation_fraction: return train_rows.reset_index(drop=True), None
+    return split_manifest(train_rows, config.validation_fraction, rng=rng)
 
-def middle_clips(
+def keep_middle_clips(
     clips: TestClips,  # all clips of some videos
-) -> TestClips:  # the same object, with the middle clip of each video alone
-    "What validation looks at: quick, and the same every time."
-    middle = {}
-    for video, indices in clips.clips: middle.setdefault(video, []).append(indices)
-    clips.clips = [(video, several[len(several)//2]) for video, several in middle.items()]
+) -> TestClips:  # the same object
+    "Keep the middle clip of each video: quick to validate with, and the same every time."
+    by_video = {}
+    for video, indices in clips.clips: by_video.setdefault(video, []).append(indices)
+    clips.clips = [(video, several[len(several)//2]) for video, several in by_video.items()]
     return clips
 
-# %% ../../nbs/compare/finetune.ipynb #1bb0bf53
-def save_progress(
-    classifier: Classifier,  # as it is after an epoch
-    optimiser: torch.optim.Optimizer,  # its momentum
-    scaler: Any,  # of fp16; None without
-    folder: Path,  # of this training
-    history: list[dict[str, Any]],  # a row an epoch
-    facts: dict[str, Any],  # what the checkpoint belongs to; compared on loading
-) -> None:
-    "Save all that changes, and the best weights if they are new; then delete what is no longer needed."
-    with disk_errors(folder): folder.mkdir(parents=True, exist_ok=True)
-    epoch, best = history[-1]['epoch'], history[-1]['best_epoch']
-    if best == epoch:
-        with atomic_write(folder/f'best-{best:04d}.pt') as part: torch.save(classifier.state_dict(), part)
-    state = dict(weights=classifier.state_dict(), optimiser=optimiser.state_dict(), scaler=scaler and scaler.state_dict(), history=history, facts=facts)
-    with atomic_write(folder/f'epoch-{epoch:04d}.pt') as part: torch.save(state, part)
-    for path in folder.glob('*-*.pt'):
-        if path.name not in (f'best-{best:04d}.pt', f'epoch-{epoch:04d}.pt') and not path.name.startswith('.'): path.unlink(missing_ok=True)
+# %% ../../nbs/compare/finetune.ipynb #fea18576
+class ClassifierTrainer:
+    "Optimize a classifier by cross-entropy."
+    def __init__(self,
+        classifier: Classifier,  # trained in place
+        training: LabelledClips,  # samples
+        config: ClassifierConfig,  # how
+        accelerator: Accelerator,  # device, precision, processes
+        workers: int = 0,  # reading processes
+    ):
+        processes, device = accelerator.num_processes, accelerator.device
+        if (config.backbone_lr_scale == 0) != classifier.frozen:
+            raise ValueError(f'backbone_lr_scale={config.backbone_lr_scale}, but frozen={classifier.frozen}: '
+                             'make both with the same config')
+        if config.batch_size % processes:
+            raise ValueError(f'batch_size={config.batch_size} is not a multiple of {processes} processes')
+        check_labels(training.rows, classifier.linear.out_features)
+        self.classifier, self.start = classifier, weights_hash(classifier)
+        self.training, self.config, self.accelerator, self.workers = training, config, accelerator, workers
+        self.best: dict[str, Tensor] = {}  # weights of the best epoch
+        self.loader = training_loader(training, config.batch_size//processes, workers, device.type == 'cuda',
+                                      processes, accelerator.process_index, epochs=config.epochs)
+        classifier.to(device, memory_format=torch.channels_last_3d)
+        groups = [dict(params=[*classifier.batch_norm.parameters(), *classifier.linear.parameters()])]
+        if not classifier.frozen:
+            backbone = list(classifier.backbone.parameters())
+            groups.append(dict(params=backbone, lr_scale=config.backbone_lr_scale))
+        optimizer = torch.optim.SGD(groups, config.learning_rate, config.momentum,
+                                    weight_decay=config.weight_decay)
+        self.model, self.optimizer = accelerator.prepare(classifier, optimizer)
 
-# %% ../../nbs/compare/finetune.ipynb #fc002f53
-def saved_weights(
-    path: Path,  # a file of save_progress
-) -> Any:  # what is in it, on the CPU
-    "Read a checkpoint without running anything in it. Raises ValueError for a file that is missing or damaged."
-    if not path.is_file(): raise ValueError(f'{path} is gone: delete {path.parent} to start this training again, or bring the file back from a copy')
-    return read_checkpoint(path, f'Delete {path.parent} to start this training again, or bring the file back from a copy')
-
-def is_history(
-    rows: Any,  # from a checkpoint
-) -> bool:
-    "Whether these are the rows of a training, with the epochs counted from 1."
-    return (isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and row.get('epoch') == number for number, row in enumerate(rows, 1))
-            and all(type(row.get('best_epoch')) is int and 1 <= row['best_epoch'] <= row['epoch'] for row in rows))
-
-def load_progress(
-    classifier: Classifier,  # newly made; brought to where the checkpoint was
-    optimiser: torch.optim.Optimizer,  # the same
-    scaler: Any,  # of fp16; None without
-    folder: Path,  # of this training
-    facts: dict[str, Any],  # what the checkpoint must belong to
-) -> list[dict[str, Any]]:  # the history so far: empty without a checkpoint
-    "Go on from the newest checkpoint. Raises ValueError if it was made with other settings."
-    paths = sorted(folder.glob('epoch-*.pt'))
-    if not paths: return []
-    state = saved_weights(paths[-1])
-    was = state.get('facts') if isinstance(state, dict) else None
-    if not isinstance(was, dict): raise ValueError(f'{paths[-1]} does not say what it belongs to, so no training wrote it: delete {folder}, or choose another folder')
-    other = [f'{key} was {short_repr(was.get(key), 300)}, is {short_repr(value, 300)}' for key, value in facts.items() if was.get(key) != value]
-    if other: raise ValueError(f'{folder} holds a training with other settings ({"; ".join(other)}): choose another folder, or the settings it has')
-    try:
-        if not is_history(state['history']): raise ValueError('its history does not count the epochs')
-        classifier.load_state_dict(state['weights'])
-        optimiser.load_state_dict(state['optimiser'])
-        if state['scaler']: scaler.load_state_dict(state['scaler'])
-    except Exception as error:
-        raise ValueError(f'{paths[-1]} does not fit this training ({type(error).__name__}: {one_line(error)}), though its settings do: delete {folder} to start again') from error
-    return state['history']
-
-# %% ../../nbs/compare/finetune.ipynb #5376c411
-def train_epoch(
-    model: nn.Module,  # the classifier, perhaps wrapped for several processes
-    loader: ClipLoader,  # of a LabelledClips data set, set to this epoch
-    dataset: LabelledClips,  # says the stream and how views are made
-    optimiser: torch.optim.Optimizer,  # of the classifier
-    accelerator: Accelerator,  # device, precision, processes
-    log: Callable[[str], None] = print,  # where dead workers and unreadable videos are told
-) -> dict[str, float]:  # mean 'loss' in nats and 'accuracy' (share) over all processes
-    "One pass over the training videos. Raises ValueError if too many of them cannot be read."
-    model.train()
-    tell = log if accelerator.is_main_process else lambda line: None
-    sums, batches = torch.zeros(3, device=accelerator.device), epoch_batches(loader, log=tell)  # sums: loss, right answers, clips
-    for batch in batches:
-        labels = batch['label'].to(accelerator.device, non_blocking=True)
-        clips = to_device(batch[dataset.stream], accelerator.device)[:, 0]
-        with accelerator.autocast():
-            logits = model(apply_view(clips, batch['views'][0], dataset.views, dataset.stream)).float()
+    def step(self,
+        batch: dict[str, Any],  # of the loader
+    ) -> Tensor:  # [3]: sum of the losses, right answers, clips
+        "One optimizer step."
+        labels = batch['label'].to(self.accelerator.device, non_blocking=True)
+        with self.accelerator.autocast():
+            [clips] = make_views(batch, self.training.stream, self.training.views, self.accelerator.device)
+            logits = self.model(clips).float()
             loss = F.cross_entropy(logits, labels)
-        optimiser.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
-        optimiser.step()
-        with torch.no_grad(): sums += torch.stack([loss*len(labels), (logits.argmax(1) == labels).sum().float(), torch.full_like(loss, len(labels))])
-    if line := loader_line(batches, accelerator): tell(line)
-    loss, right, count = accelerator.reduce(sums, 'sum').tolist()
-    return dict(loss=loss/count, accuracy=right/count)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        loss, right = loss.detach(), (logits.argmax(1) == labels).sum().float()
+        return torch.stack([loss*len(labels), right, torch.full_like(loss, len(labels))])
 
-# %% ../../nbs/compare/finetune.ipynb #1dda61ce
-def validate(
-    classifier: Classifier,  # after an epoch
-    clips: TestClips,  # one clip of each validation video
-    labels: Tensor,  # int64 [videos]
-    accelerator: Accelerator,  # device, precision, processes
-    **options: Any,  # crop, size, workers, flow_as_image, exact_paper, seed: see predict
-) -> dict[str, float]:  # 'validation_loss' in nats, 'validation_accuracy' (share)
-    "The centred crop of one clip of each video."
-    if accelerator.num_processes > 1:
-        for buffer in classifier.buffers(): torch.distributed.broadcast(buffer, 0)
-    probabilities = predict(classifier, clips, 'centre', accelerator=accelerator, **options)
-    loss = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels).item()
-    return dict(validation_loss=loss, validation_accuracy=accuracy(probabilities, labels))
+    def run_epoch(self,
+        epoch: int,  # counted from 0
+        log: Callable[[str], None] = print,  # where it is told what could not be read
+    ) -> dict[str, float]:  # mean 'loss' in nats, 'accuracy' (share), 'clips_per_second', over all processes
+        "One pass over the training videos. Raises ValueError for a loss that is not a number."
+        config, accelerator, start = self.config, self.accelerator, time.monotonic()
+        self.model.train()
+        set_learning_rate(self.optimizer, config.learning_rate_at(epoch))
+        batches, sums = self.loader.epoch(epoch), torch.zeros(3, device=accelerator.device)
+        with epoch_seed(config.seed, epoch, accelerator):
+            for batch in batches: sums += self.step(batch)
+        loss, right, count = accelerator.reduce(sums, 'sum').tolist()
+        if not math.isfinite(loss):
+            raise ValueError(f'epoch {epoch + 1}: loss {loss}; lower learning_rate={config.learning_rate}')
+        if accelerator.num_processes > 1:  # batch norm's statistics are those of the first process
+            for buffer in self.classifier.buffers(): torch.distributed.broadcast(buffer, 0)
+        if errors := format_data_errors(batches, accelerator): log(errors)
+        speed = round(len(self.loader)*config.batch_size/(time.monotonic() - start), 1)
+        return dict(loss=loss/count, accuracy=right/count, clips_per_second=speed)
 
-# %% ../../nbs/compare/finetune.ipynb #e2f7ca85
-def classifier_line(
+    def validate(self,
+        clips: TestClips,  # one clip of each validation video
+        crop: int | None,  # side of the centred square, pixels
+        epoch: int,  # counted from 0
+    ) -> dict[str, float]:  # 'validation_loss' in nats, 'validation_accuracy' (share)
+        "Loss and accuracy on the centred crop of each validation video."
+        views, config = self.training.views, self.config
+        probabilities = predict(
+            self.classifier, clips, 'centre', crop, views.size, accelerator=self.accelerator,
+            workers=self.workers, flow_as_image=views.flow_as_image, exact_paper=config.exact_paper,
+            seed=config.seed + epoch)
+        labels = check_labels(clips.kept_rows(), self.classifier.linear.out_features, 'validation')
+        loss = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels).item()
+        return dict(validation_loss=loss, validation_accuracy=accuracy(probabilities, labels))
+
+    def fingerprint(self,
+        title: str,  # of the training
+        validation: TestClips | None,  # one clip of each held-out video
+        crop: int | None,  # of validation
+    ) -> dict[str, Any]:  # must be the same when a training goes on
+        "Collect what the checkpoints of a training belong to."
+        training, held_out = self.training, ''
+        if validation is not None: held_out = dataset_fingerprint(validation.rows, 'label')
+        return dict(asdict(self.config), title=title, videos=dataset_fingerprint(training.rows, 'label'),
+                    validation=held_out, stream=training.stream, clip=(training.clip_length, training.stride),
+                    views=str(training.views), data_seed=training.seed, crop=crop, start=self.start)
+
+    def state_dict(self) -> dict[str, Any]:
+        "Collect what all processes share, for a checkpoint."
+        scaler = self.accelerator.scaler  # of fp16
+        return dict(classifier=self.classifier.state_dict(), optimizer=self.optimizer.state_dict(),
+                    best=self.best, scaler=scaler and scaler.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Restore what all processes share."
+        self.classifier.load_state_dict(state['classifier'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.best, scaler = state['best'], self.accelerator.scaler
+        if state['scaler'] and scaler: scaler.load_state_dict(state['scaler'])
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None: "Nothing belongs to one process alone."
+
+# %% ../../nbs/compare/finetune.ipynb #1bb0bf53
+def best_epoch(
+    history: list[dict[str, Any]],  # a row an epoch
+) -> int:  # counted from 1
+    "The most accurate epoch; of ties the one of lower loss, then the earlier. Without validation the last."
+    if 'validation_accuracy' not in history[-1]: return history[-1]['epoch']
+    return max(history, key=lambda row: (row['validation_accuracy'], -row['validation_loss']))['epoch']
+
+def format_classifier_epoch(
     title: str,  # of the training
     row: dict[str, Any],  # of the history
     epochs: int,  # all
 ) -> str:  # one line for people
     "What happened in an epoch."
-    validation = f'  validation {100*row["validation_accuracy"]:5.1f} % (best: epoch {row["best_epoch"]})' if 'validation_accuracy' in row else ''
-    return (f'{title:30} epoch {row["epoch"]:3}/{epochs}  rate {row["learning_rate"]:.0e}  loss {row["loss"]:.3f}  right {100*row["accuracy"]:5.1f} %{validation}'
-            f'  {row["clips_per_second"]:.0f} clips/s')
+    line = f'{title:30} epoch {row["epoch"]:3}/{epochs}  rate {row["learning_rate"]:.0e}  '
+    line += f'loss {row["loss"]:.3f}  right {100*row["accuracy"]:5.1f} %'
+    if 'validation_accuracy' in row:
+        line += f'  validation {100*row["validation_accuracy"]:5.1f} % (best: epoch {row["best_epoch"]})'
+    return f'{line}  {row["clips_per_second"]:.0f} clips/s'
 
-def is_best(
-    row: dict[str, Any],  # of this epoch
-    history: list[dict[str, Any]],  # of the epochs before
-) -> bool:  # ties in accuracy go to the lower loss, then to the earlier epoch; without validation the last epoch is best
-    "Whether an epoch is the best so far."
-    if 'validation_accuracy' not in row or not history: return True
-    best = history[history[-1]['best_epoch'] - 1]
-    return (row['validation_accuracy'], -row['validation_loss']) > (best['validation_accuracy'], -best['validation_loss'])
 
-def parameter_groups(
-    classifier: Classifier,  # to be trained
-    settings: ClassifierSettings,  # learning rates
-) -> list[dict[str, Any]]:  # for SGD: the linear layer's, and the backbone's unless it is frozen
-    "What is trained, and how fast: 'lr_scale' is each group's share of the learning rate."
-    backbone = {id(parameter) for parameter in classifier.backbone.parameters()}
-    groups = [dict(params=[parameter for parameter in classifier.parameters() if id(parameter) not in backbone], lr_scale=1.0)]
-    if not classifier.frozen: groups.append(dict(params=list(classifier.backbone.parameters()), lr_scale=settings.backbone_rate))
-    return groups
-
-# %% ../../nbs/compare/finetune.ipynb #5f243c08
-def training_facts(
-    title: str,  # of the training
-    classifier: Classifier,  # as it starts
-    training: LabelledClips,  # samples
-    validation: TestClips | None,  # one clip of each held-out video
-    settings: ClassifierSettings,  # how
-    crop: int | None,  # of validation
-    accelerator: Accelerator,  # its processes
-) -> dict[str, Any]:  # numbers and strings
-    "What a checkpoint belongs to. Raises ValueError for a classifier made with other settings, or a batch that processes cannot share."
-    processes = accelerator.num_processes
-    if (settings.backbone_rate == 0) != classifier.frozen: raise ValueError(f'backbone_rate={settings.backbone_rate}, but frozen={classifier.frozen}: make both with the same settings')
-    if settings.batch_size % processes: raise ValueError(f'batch_size={settings.batch_size} cannot be shared by {processes} processes: give a multiple')
-    if len(training) < settings.batch_size: raise ValueError(f'{len(training)} videos do not fill one batch of {settings.batch_size}: lower batch_size')
-    return dict(title=title, **asdict(settings), videos=dataset_fingerprint(training.rows, 'label'), validation=dataset_fingerprint(validation.rows, 'label') if validation is not None else '', processes=processes,
-                stream=training.stream, clip_length=training.clip_length, stride=training.stride, views=str(training.views), data_seed=training.seed, crop=crop,
-                start=weights_hash(classifier))
-
-def finish_training(
-    classifier: Classifier,  # as it is after the last epoch
-    folder: Path,  # of this training
-    history: list[dict[str, Any]],  # a row an epoch
-    accelerator: Accelerator,  # lets go of model and optimiser
-) -> pd.DataFrame:  # the history
-    "Give the classifier the weights of its best epoch."
-    accelerator.wait_for_everyone()
-    best = folder/f'best-{history[-1]["best_epoch"]:04d}.pt'
-    try: classifier.load_state_dict(saved_weights(best))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f'{best} does not hold the weights of this classifier ({one_line(error)}): delete {folder} to start this training again') from error
-    classifier.eval()
-    accelerator.free_memory()
-    return pd.DataFrame(history)
 
 # %% ../../nbs/compare/finetune.ipynb #73db4b00
 def train_classifier(
     title: str,  # for the log: 'linear probe rgb'
     classifier: Classifier,  # trained in place; ends with the weights of the best epoch
     training: LabelledClips,  # samples
-    validation: TestClips | None,  # one clip of each held-out video (middle_clips); None: the last epoch is kept
-    settings: ClassifierSettings,  # how
+    validation: TestClips | None,  # one clip of each held-out video; None: keep the last epoch
+    config: ClassifierConfig,  # how
     folder: str | os.PathLike,  # for checkpoints
     crop: int | None = 224,  # side of the centred square of validation, pixels; None: the largest that fits
     accelerator: Accelerator | None = None,  # device, precision, processes; None: what is there
@@ -516,53 +501,50 @@ def train_classifier(
     log: Callable[[str], None] = print,  # where the line an epoch goes
     log_every: int = 1,  # epochs from one line to the next
 ) -> pd.DataFrame:  # a row an epoch
-    "Linear probe or fine-tuning, or go on with it. Raises ValueError for labels or settings that do not fit, other settings in the folder, or a loss that is not a number."
-    accelerator, folder, dataset = accelerator or Accelerator(), Path(folder), training
-    check_labels(training.rows, classifier.linear.out_features)
-    labels = check_labels(validation.kept_rows(), classifier.linear.out_features, 'validation') if validation is not None else None
-    facts = training_facts(title, classifier, training, validation, settings, crop, accelerator)
-    loader = training_loader(training, settings.batch_size//accelerator.num_processes, workers, accelerator.device.type == 'cuda', accelerator.num_processes, accelerator.process_index)
-    classifier.to(accelerator.device, memory_format=torch.channels_last_3d)
-    optimiser = torch.optim.SGD(parameter_groups(classifier, settings), settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay)
-    model, optimiser = accelerator.prepare(classifier, optimiser)
-    history = load_progress(classifier, optimiser, accelerator.scaler, folder, facts)
-    if 0 < len(history) < settings.epochs: log(f'{title}: going on after epoch {len(history)} of {settings.epochs}')
-    with loader.reading_ahead(settings.epochs):
-        for epoch in range(len(history), settings.epochs):
-            set_epoch(loader, epoch)
-            set_learning_rate(optimiser, settings.rate(epoch))
-            row, start = dict(epoch=epoch + 1, learning_rate=settings.rate(epoch)), time.monotonic()
-            with seeded(settings.seed, epoch, accelerator): row |= train_epoch(model, loader, dataset, optimiser, accelerator, log)
-            row['clips_per_second'] = round(len(loader)*settings.batch_size/(time.monotonic() - start), 1)
-            if not math.isfinite(row['loss']): raise ValueError(f'{title}: the loss of epoch {epoch + 1} is {row["loss"]}: lower learning_rate={settings.learning_rate}; the rest is in {folder}')
-            if validation is not None:
-                options = dict(crop=crop, size=dataset.views.size, workers=workers, flow_as_image=dataset.views.flow_as_image, exact_paper=settings.exact_paper, seed=settings.seed + epoch)
-                row |= validate(classifier, validation, labels, accelerator, **options)
-            history.append({**row, 'best_epoch': epoch + 1 if is_best(row, history) else history[-1]['best_epoch']})
-            if accelerator.is_main_process: save_progress(classifier, optimiser, accelerator.scaler, folder, history, facts)
-            if accelerator.is_main_process and ((epoch + 1) % log_every == 0 or epoch + 1 == settings.epochs): log(classifier_line(title, history[-1], settings.epochs))
-    return finish_training(classifier, folder, history, accelerator)
+    "Linear probe or fine-tuning, or go on with it. Raises ValueError for labels or settings that do not fit."
+    accelerator, folder = accelerator or Accelerator(), Path(folder)
+    if not accelerator.is_main_process: log = lambda line: None
+    trainer = ClassifierTrainer(classifier, training, config, accelerator, workers)
+    if validation is not None: check_labels(validation.rows, classifier.linear.out_features, 'validation')
+    if accelerator.is_main_process:
+        with disk_errors(folder): folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = trainer.fingerprint(title, validation, crop)
+    history, _ = load_training_state(trainer, folder, fingerprint)
+    resumed = 0 < len(history) < config.epochs
+    if resumed: log(f'{title}: going on after epoch {len(history)} of {config.epochs}')
+    with trainer.loader:
+        for epoch in range(len(history), config.epochs):
+            row = dict(epoch=epoch + 1, learning_rate=config.learning_rate_at(epoch))
+            row |= trainer.run_epoch(epoch, log)
+            if validation is not None: row |= trainer.validate(validation, crop, epoch)
+            history.append(row)
+            row['best_epoch'] = best_epoch(history)
+            if row['best_epoch'] == epoch + 1: trainer.best = copy.deepcopy(classifier.state_dict())
+            state = dict(trainer=trainer.state_dict(), history=history, fingerprint=fingerprint)
+            save_checkpoint(folder, epoch + 1, state, dict(trainer={}, epoch_state=None), accelerator)
+            if (epoch + 1) % log_every == 0 or epoch + 1 == config.epochs:
+                log(format_classifier_epoch(title, row, config.epochs))
+    classifier.load_state_dict(trainer.best)
+    classifier.eval()
+    accelerator.free_memory()
+    return pd.DataFrame(history)
 
 # %% ../../nbs/compare/finetune.ipynb #992c5844
 def cached_predict(
     classifier: Classifier,  # trained
     clips: TestClips,  # all clips of the videos
     folder: str | os.PathLike,  # for probabilities
-    views: str = 'ten',  # 'centre', 'five' or 'ten' crops of each clip
-    crop: int | None = 224,  # side of the square crops, pixels; None: the largest that fits
-    size: int = 128,  # height and width of a view, pixels
     accelerator: Accelerator | None = None,  # device, precision, processes; None: where the classifier is
-    part_clips: int = 1024,  # clips in a part: what a killed job loses at most
-    exact_paper: bool = False,  # the released code's habit: colour jitter left on
-    seed: int = 0,  # of that jitter
-    flow_as_image: bool = False,  # as in training
-    **options: Any,  # batch_size, workers: they do not change the answer
+    workers: int = 0,  # reading processes
+    chunk_clips: int = 1024,  # clips in a chunk: what a killed job loses at most
+    **views: Any,  # views, crop, size, flow_as_image, exact_paper, seed: see `predict`
 ) -> Tensor:  # [videos, classes] float32 on the CPU
-    "`predict`, read from `folder` as far as it is there. A damaged part is computed again."
-    facts = f'{weights_hash(classifier)} {clips_hash(clips)} {views} {crop} {size} {flow_as_image} {(seed, exact_paper) if exact_paper else ""}'
-    compute = lambda part: predict(classifier, clips, views, crop, size, accelerator=accelerator, flow_as_image=flow_as_image, exact_paper=exact_paper, seed=seed, part=part, **options)
-    several = {} if accelerator is None else dict(write=accelerator.is_main_process, wait=accelerator.wait_for_everyone)
-    return cached_parts(folder, facts, clip_parts(clips, part_clips), compute, **several)
+    "Compute `predict`, or read from `folder` what it has of it."
+    key = f'{weights_hash(classifier)} {clips_hash(clips)} {sorted(views.items())}'
+    options, several = dict(views, accelerator=accelerator, workers=workers), {}
+    if accelerator: several = dict(write=accelerator.is_main_process, wait=accelerator.wait_for_everyone)
+    return cached_chunks(folder, key, split_clips(clips, chunk_clips),
+                         lambda chunk: predict(classifier, clips, numbers=chunk, **options), **several)
 
 def predictions_table(
     rows: pd.DataFrame,  # videos with labels, as `clips.kept_rows()` gives them
@@ -570,10 +552,13 @@ def predictions_table(
     class_names: Sequence[str],  # of the classes
 ) -> pd.DataFrame:  # video, true class, predicted class, right or not, and the probability of every class
     "Predictions as a table for people. Raises ValueError for labels that do not fit."
-    labels, predicted = check_probabilities(probabilities, rows.label.to_numpy()), probabilities.argmax(1).cpu()
-    first = pd.DataFrame({'video': rows.video.to_numpy(), 'true': [class_names[label] for label in labels], 'predicted': [class_names[label] for label in predicted],
-                          'right': (labels == predicted).numpy()})
-    return pd.concat([first, pd.DataFrame(probabilities.cpu().numpy().round(6), columns=[f'p({name})' for name in class_names])], axis=1)
+    labels = check_probabilities(probabilities, rows.label.to_numpy())
+    predicted = probabilities.argmax(1).cpu()
+    first = pd.DataFrame({
+        'video': rows.video.to_numpy(), 'true': [class_names[label] for label in labels],
+        'predicted': [class_names[label] for label in predicted], 'right': (labels == predicted).numpy()})
+    columns = [f'p({name})' for name in class_names]
+    return pd.concat([first, pd.DataFrame(probabilities.cpu().numpy().round(6), columns=columns)], axis=1)
 
 # %% ../../nbs/compare/finetune.ipynb #0bfea29b
 def classify(
@@ -584,7 +569,7 @@ def classify(
     train_rows: pd.DataFrame,  # labelled training videos (`store.select(…)`)
     test_clips: TestClips,  # all clips of the test videos, of the same stream
     num_classes: int,  # classes
-    settings: ClassifierSettings,  # LINEAR_PROBE, FINE_TUNING, or a variant
+    config: ClassifierConfig,  # LINEAR_PROBE, FINE_TUNING, or a variant
     folder: str | os.PathLike,  # checkpoints/, classifier/, probabilities/ and history.csv
     clip_length: int = 32,  # T, frames
     stride: int = 1,  # frames from one to the next
@@ -593,24 +578,27 @@ def classify(
     crop: int | None = 224,  # side of the test crops, pixels; None: the largest that fits
     min_frames: int = 18,  # shorter validation videos are left out
     accelerator: Accelerator | None = None,  # device, precision, processes; None: what is there
-    workers: int = 0,  # reading processes
     cache_gib: float = 1.0,  # memory for decoded training frames, GiB
-    log: Callable[[str], None] = print,  # where the line an epoch goes
-    log_every: int = 1,  # epochs from one line to the next
-) -> tuple[Tensor, pd.DataFrame]:  # probabilities of the test videos [videos, classes] (see `test_clips.kept_rows()`), and the history
-    "A whole protocol for one stream, or go on with it. Raises ValueError for labels, settings or streams that do not fit, before any work."
-    if test_clips.stream != name: raise ValueError(f"the test clips are of the stream '{test_clips.stream}', not '{name}'")
+    **options: Any,  # workers, log, log_every: see `train_classifier`
+) -> tuple[Tensor, pd.DataFrame]:  # probabilities of the test videos [videos, classes], and the history
+    "Run or resume a protocol for one stream. Raises ValueError for what does not fit, before any work."
+    if test_clips.stream != name: raise ValueError(f"clips of the stream '{test_clips.stream}', not '{name}'")
     check_labels(test_clips.rows, num_classes, 'test')
-    crop_choices(torch.tensor(test_clips.rows[['height', 'width']].drop_duplicates().values.tolist()), views, crop)  # does it fit?
+    crop_choices(frame_sizes(test_clips), views, crop)  # must fit
     folder, accelerator = Path(folder), accelerator or Accelerator()
-    fit_rows, validation_rows = split_validation(train_rows, settings, test_clips.rows)
-    training = LabelledClips(store, fit_rows, num_classes, name, clip_length, stride, training_views, settings.seed, cache_gib)
-    validation = None if validation_rows is None else middle_clips(TestClips(store, validation_rows, name, clip_length, stride, min_frames, cache_gib, stride))
-    classifier = Classifier.from_stream(stream, num_classes, settings)
-    history = train_classifier(title, classifier, training, validation, settings, folder/'checkpoints', crop, accelerator, workers, log, log_every)
+    rows, validation = split_validation(train_rows, config, test_clips.rows)
+    training = LabelledClips(store, rows, num_classes, name, clip_length, stride, training_views, config.seed,
+                             cache_gib)
+    if validation is not None:
+        validation = keep_middle_clips(TestClips(
+            store, validation, name, clip_length, stride, min_frames, cache_gib, stride))
+    classifier = Classifier.from_stream(stream, num_classes, config)
+    history = train_classifier(title, classifier, training, validation, config, folder/'checkpoints', crop,
+                               accelerator, **options)
     if accelerator.is_main_process:
         write_text(folder/'history.csv', history.to_csv(index=False))
         save_stream(classifier, folder/'classifier')
-    probabilities = cached_predict(classifier, test_clips, folder/'probabilities', views, crop, training_views.size, accelerator, workers=workers,
-                                   flow_as_image=training_views.flow_as_image, exact_paper=settings.exact_paper, seed=settings.seed)
-    return probabilities, history
+    crops = dict(views=views, crop=crop, size=training_views.size, flow_as_image=training_views.flow_as_image)
+    if config.exact_paper: crops |= dict(exact_paper=True, seed=config.seed)
+    crops |= dict(accelerator=accelerator, workers=options.get('workers', 0))
+    return cached_predict(classifier, test_clips, folder/'probabilities', **crops), history

@@ -18,9 +18,10 @@ def layer_rates(
     gradients: list[Tensor], # P gradients
     weight_decay: float, # lambda
     trust_coefficient: float, # eta
-) -> tuple[Tensor, Tensor]: # two [P]: the factor of each gradient g, and the factor of each w (the weight decay, already scaled)
-    "LARC's $\\eta\\lVert w\\rVert / (\\lVert g\\rVert + \\lambda\\lVert w\\rVert)$ for many parameters at once; 1 and 0 where a length is zero."
-    weight_norm, gradient_norm = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(gradients))
+) -> tuple[Tensor, Tensor]: # two [P]: the factor of each gradient g, and of each w (the scaled weight decay)
+    "LARC's factors for many parameters at once; 1 and 0 where a length is zero."
+    weight_norm = torch.stack(torch._foreach_norm(weights))
+    gradient_norm = torch.stack(torch._foreach_norm(gradients))
     usable = (weight_norm > 0) & (gradient_norm > 0)
     rates = trust_coefficient * weight_norm / (gradient_norm + weight_decay * weight_norm)
     return torch.where(usable, rates, 1.), torch.where(usable, rates * weight_decay, 0.)
@@ -29,18 +30,19 @@ def layer_rates(
 class LARC(torch.optim.Optimizer):
     """SGD with momentum whose gradients are scaled layer by layer (LARC without clipping).
 
-    Per parameter: $m \\leftarrow \\mu m + \\tilde g$, $w \\leftarrow w - \\gamma m$, with $\\tilde g$ from `layer_rates`.
-    Raises ValueError for a negative value. Source: You, Gitman, Ginsburg 2017 (arXiv 1708.03888); ViCC, Section 4.
+    Per parameter: $m \\leftarrow \\mu m + \\tilde g$, $w \\leftarrow w - \\gamma m$ (see `layer_rates`).
+    Raises ValueError for a negative value. Source: You et al. 2017 (arXiv 1708.03888); ViCC, Section 4.
     """
     def __init__(self,
-        parameters: Iterable, # parameters, or groups as for any PyTorch optimiser
+        parameters: Iterable, # parameters, or groups as for any PyTorch optimizer
         lr: float = 0.6, # learning rate gamma
         momentum: float = 0.9, # mu
         weight_decay: float = 1e-6, # lambda
         trust_coefficient: float = 0.001, # eta
         foreach: bool = True, # many parameters per operation; False: a plain loop, with the same results
     ):
-        values = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient)
+        values = dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                      trust_coefficient=trust_coefficient)
         for name, value in values.items():
             if value < 0: raise ValueError(f'{name} must not be negative, got {value}')
         super().__init__(parameters, dict(values, foreach=foreach))
@@ -56,10 +58,12 @@ class LARC(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = [p for p in group['params'] if p.grad is not None]
             for p in weights:
-                if 'momentum_buffer' not in self.state[p]: self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                if not self.state[p]: self.state[p]['momentum_buffer'] = torch.zeros_like(p)
             bundles = _bundle(weights) if group['foreach'] else [[p] for p in weights]
             step = _step_many if group['foreach'] else _step_one
-            for bundle in bundles: step(bundle, [p.grad for p in bundle], [self.state[p]['momentum_buffer'] for p in bundle], group)
+            for bundle in bundles:
+                buffers = [self.state[p]['momentum_buffer'] for p in bundle]
+                step(bundle, [p.grad for p in bundle], buffers, group)
         return loss
 
 # %% ../../nbs/engine/optim.ipynb #18706db4
@@ -95,20 +99,26 @@ def cosine_schedule(
     final_lr: float = 0.0006, # rate at the end
     warmup_steps: int = 0, # steps of linear increase from base_lr/warmup_steps to base_lr
 ) -> float: # learning rate of this step
-    "Learning rate along half a cosine. Raises ValueError for a step outside the schedule. Source: ViCC, Section 4; Loshchilov and Hutter 2017."
-    if not 0 <= step <= total_steps: raise ValueError(f'step {step} is outside the schedule of {total_steps} steps')
-    if not 0 <= warmup_steps < max(1, total_steps): raise ValueError(f'warmup_steps must be 0 or more and fewer than total_steps={total_steps}, got {warmup_steps}')
+    """Learning rate along half a cosine. Source: ViCC, Section 4; Loshchilov and Hutter 2017.
+
+    Raises ValueError for a step outside the schedule.
+    """
+    if not 0 <= step <= total_steps:
+        raise ValueError(f'step {step} is outside the schedule of {total_steps} steps')
+    if not 0 <= warmup_steps < max(1, total_steps):
+        raise ValueError(f'warmup_steps must be 0 or more and fewer than total_steps={total_steps}, '
+                         f'got {warmup_steps}')
     if step < warmup_steps: return base_lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return final_lr + 0.5 * (base_lr - final_lr) * (1 + math.cos(math.pi * progress))
 
 # %% ../../nbs/engine/optim.ipynb #8ba8e1e3
 def set_learning_rate(
-    optimiser: torch.optim.Optimizer, # any optimiser, also one wrapped by accelerate
+    optimizer: torch.optim.Optimizer, # any optimizer, also one wrapped by accelerate
     lr: float, # learning rate of this step
 ) -> None:
     "Write a learning rate into every parameter group, times the group's `lr_scale` if it has one."
-    for group in optimiser.param_groups: group['lr'] = lr * group.get('lr_scale', 1.0)
+    for group in optimizer.param_groups: group['lr'] = lr * group.get('lr_scale', 1.0)
 
 # %% ../../nbs/engine/optim.ipynb #6f4805de
 OPTIMIZERS = ('larc', 'sgd', 'adam', 'adamw')
@@ -120,10 +130,10 @@ def create_optimizer(
     weight_decay: float = 1e-6, # on every parameter
     momentum: float = 0.9, # mu; for the Adams the first beta
 ) -> torch.optim.Optimizer: # ready to step
-    "An optimiser by name. Raises ValueError for an unknown name."
+    "An optimizer by name. Raises ValueError for an unknown name."
     shared = dict(lr=learning_rate, weight_decay=weight_decay)
     if name == 'larc': return LARC(parameters, momentum=momentum, **shared)
     if name == 'sgd': return torch.optim.SGD(parameters, momentum=momentum, **shared)
     if name == 'adam': return torch.optim.Adam(parameters, betas=(momentum, 0.999), **shared)
     if name == 'adamw': return torch.optim.AdamW(parameters, betas=(momentum, 0.999), **shared)
-    raise ValueError(f'unknown optimiser {name!r}; known are {", ".join(OPTIMIZERS)}')
+    raise ValueError(f'unknown optimizer {name!r}; known are {", ".join(OPTIMIZERS)}')
