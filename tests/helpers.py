@@ -1,4 +1,5 @@
 "What several test files need: the golden weights, the demo's recipe and a small store, and a way to break a training off."
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from vicc.engine.io import find_project
 from vicc.prepare import Store, prepare
 from vicc.synthetic import make_moving_shapes
 
+GOLDEN = Path(os.environ.get('VICC_GOLDEN') or Path(__file__).parent/'golden')  # numbers computed with the released code
 DEMO = Recipe.read(find_project(__file__)/'nbs'/'recipes'/'demo.yaml')
 
 def shapes_store(folder: Path) -> Store:

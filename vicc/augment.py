@@ -6,7 +6,7 @@
 __all__ = ['HUE', 'IDENTITY_FACTORS', 'GREY', 'IMAGENET_MEAN', 'IMAGENET_STD', 'ViewSettings', 'choose_box', 'draw_view',
            'draw_pair', 'cubic_kernel', 'resize_weights', 'tf32', 'resample', 'crop_resize', 'flow_images',
            'per_channel', 'coefficients', 'mix', 'rotate_hue', 'color_jitter_reference', 'color_jitter',
-           'single_channel', 'gaussian_blur', 'normalize', 'denormalize', 'check_view', 'color_ops', 'apply_view',
+           'single_channel', 'gaussian_blur', 'normalize', 'denormalize', 'check_view', 'apply_color_ops', 'apply_view',
            'crop_boxes', 'center_crop']
 
 # %% ../nbs/03_augment.ipynb #d3f09ca2
@@ -355,7 +355,7 @@ def check_view(
                          f'in its frames of {h} x {w}: draw the view with the height and width of the clip')
 
 # %% ../nbs/03_augment.ipynb #3d318339
-def color_ops(
+def apply_color_ops(
     images: Tensor,  # [B, 3, T, H, W] float32 in 0..1; changed in place where samples are picked
     view: dict[str, Tensor],  # Collated choices of `draw_view`; on the CPU: only samples in need are computed
 ) -> Tensor:  # [B, 3, T, H, W] float32 in 0..1
@@ -386,7 +386,7 @@ def apply_view(
         images = crop_resize(clips, view['box'], view['flip'], settings.size, settings.interpolation)
         if stream == 'flow': images = flow_images(images, view['flip'], negate=not settings.flow_as_image)
         images = images.div_(255)
-        if stream == 'rgb' or settings.flow_as_image: images = color_ops(images, view)
+        if stream == 'rgb' or settings.flow_as_image: images = apply_color_ops(images, view)
         return normalize(images)
 
 # %% ../nbs/03_augment.ipynb #0b959ed6

@@ -156,9 +156,11 @@ class BenchSettings:
         return self.short_side, round(self.short_side*2/3)*2
 
     def batch(self, kind: str) -> int: # of 'single' or 'cross'
+        "The batch size of one kind of step."
         return self.batch_size[kind] if isinstance(self.batch_size, Mapping) else self.batch_size
 
     def describe(self, backbone: str, kind: str, store: Store) -> dict[str, Any]: # what a speed depends on
+        "The settings of a row."
         clip = f'{self.clip_length}×{self.view_size}×{self.view_size}'
         about = dict(backbone=backbone, kind=kind, batch_size=self.batch(kind), clip=clip,
                      size=stored_size_text(store), device=self.device, precision=self.precision,

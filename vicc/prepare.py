@@ -6,7 +6,7 @@
 __all__ = ['STORE_METHODS', 'PRESETS', 'STREAMS', 'CHECKSUMS', 'METADATA', 'PrepareSettings', 'stored_size', 'stored_frames',
            'stack_flow', 'unstack_flow', 'flow_of_block', 'flow_blocks', 'probe_stored', 'checksums', 'make_video',
            'prepare_video', 'stored_paths', 'read_record', 'read_checksums', 'Store', 'compare_file', 'choose_device',
-           'gpu_of_worker', 'available_cpus', 'package_version', 'check_settings', 'open_folder', 'prepare_task',
+           'gpu_of_worker', 'available_cpus', 'package_version', 'check_settings', 'init_store', 'prepare_task',
            'already_prepared', 'run_serial', 'run_parallel', 'check_mount', 'reason', 'summarize',
            'shard_from_environment', 'gather_shards', 'check_request', 'prepare', 'finalize_store', 'main']
 
@@ -398,7 +398,7 @@ def check_settings(
     raise ValueError(f'{store} was made with other settings ({"; ".join(other)}): '
                      'choose another folder, or the settings it has')
 
-def open_folder(
+def init_store(
     store: Path,  # the store's folder
     settings: PrepareSettings,  # wanted
     backend: str | None = None,  # what computes the flow, for the record: 'opencv on cpu', 'triton on cuda'
@@ -588,7 +588,7 @@ def prepare(
     check_request(rows, videos, store, done, follow_links)
     if len(done) == len(rows) and not os.access(store, os.W_OK): return Store(store)  # on a read-only disk
     backend = choose_backend('auto', device) if settings.flow_method == 'tvl1' else 'opencv'
-    open_folder(store, settings, f'{backend} on {device}')
+    init_store(store, settings, f'{backend} on {device}')
     remove_partial_files(store)
     start, mine = time.monotonic(), rows.video[shard::num_shards]
     results, problems, tasks = {video: done[video] for video in mine if video in done}, {}, {}

@@ -11,6 +11,7 @@ __all__ = ['SAVED_FILES', 'STREAM_CHECKSUMS', 'MAX_CONFIG_BYTES', 'NUMPY_SCALARS
 import copy
 import json
 import os
+import pickletools
 import re
 import shutil
 import warnings
@@ -19,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -177,6 +178,15 @@ NUMPY_SCALARS = [  # what a pickled NumPy number asks for
     np.dtype, *{type(np.dtype(kind)) for kind in '?bhilqBHILQefd'},
 ]
 
+def _check_names(
+    pickled: BinaryIO,  # at the beginning of a pickle
+    longest: int = 10_000,  # letters
+) -> None:
+    "Refuse absurd names before torch.load sees them: it would search them for minutes. Raises ValueError."
+    for _, argument, _ in pickletools.genops(pickled):
+        if isinstance(argument, str | bytes) and len(argument) > longest:
+            raise ValueError(f'a name of {len(argument)} letters')
+
 def read_released(
     path: str | os.PathLike,  # a file that torch.save wrote
 ) -> Any:  # what is in it, on the CPU
@@ -194,6 +204,12 @@ def read_released(
         if start[:2] == b'PK':
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
+                for entry in archive.infolist():
+                    if unpacked <= 2*size and entry.filename.endswith('data.pkl'):
+                        with archive.open(entry) as pickled: _check_names(pickled)
+        else:
+            with path.open('rb') as pickled:
+                for _ in range(4): _check_names(pickled)  # magic number, version, machine, the checkpoint
         if unpacked <= 2*size:
             with torch.serialization.safe_globals(NUMPY_SCALARS):
                 return torch.load(path, map_location='cpu', weights_only=True)

@@ -249,7 +249,7 @@ def write_site(root: Path, target: Path, colab: Path, names: list[str] | None = 
     for folder in ('results', 'recipes'):
         if (root/'nbs'/folder).is_dir(): shutil.copytree(root/'nbs'/folder, target/folder)
     print(f'{len(notebooks)} notebooks, {sum(bool(notebook.module) for notebook in notebooks)} modules')
-    if not repository: return print(f'no Colab badges: {values["url"]} in settings.ini is not a repository on github.com')
+    if not repository: return print(f'no Colab badges: the url in settings.ini ({values.get("url", "none")}) is not a repository on github.com')
     colab.mkdir(parents=True)
     for path in paths:
         if path.stem != 'index': write_colab_copy(path, colab/path.relative_to(nbs), repository, values)

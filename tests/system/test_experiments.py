@@ -1,0 +1,99 @@
+"The experiments run by papermill, small; recipes and parameters belong together."
+import json
+from pathlib import Path
+
+import nbformat
+import papermill as pm
+import pytest
+import yaml
+
+from vicc.recipe import Recipe
+from vicc.manifests import folder_manifest, write_manifest
+from vicc.video import probe
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted((ROOT/'nbs').glob('run_*.ipynb'))
+RECIPES = sorted((ROOT/'nbs'/'recipes').glob('*.yaml'))
+UT_INTERACTION = ROOT.parent/'shared'/'data'/'ut_interaction_set1'
+TINY = dict(single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=1, cycles=1, single_batch_size=8, cross_batch_size=8, num_prototypes=6,
+            backbone_options={'width': 4}, projection_dim=8)  # values of the recipe, as `-p name value`
+
+def execute(values: dict, folder: Path, name: str = 'run_pretrain') -> nbformat.NotebookNode:
+    "Run an experiment from the root of the project, as a user would."
+    return pm.execute_notebook(ROOT/'nbs'/f'{name}.ipynb', folder/'out.ipynb', values, progress_bar=False, cwd=ROOT)
+
+def pictures(notebook: nbformat.NotebookNode) -> int:
+    "How many pictures a notebook shows."
+    return sum('image/png' in output.get('data', {}) for cell in notebook.cells for output in cell.get('outputs', []))
+
+@pytest.mark.timeout(300)
+def test_pretrain_makes_its_own_data_and_goes_on(tmp_path):
+    values = dict(TINY, num_train_videos=16, num_test_videos=8, output=str(tmp_path/'run'), collapse_lesson=True,
+                  backbone_options="{'width': 4}", weight_decay='2e-5')  # texts, as -p gives them
+    notebook = execute(values, tmp_path)
+    metrics = json.loads((tmp_path/'run'/'metrics.json').read_text())
+    assert metrics['recipe']['num_prototypes'] == 6 and metrics['train_videos'] == 16
+    assert metrics['recipe']['backbone_options'] == {'width': 4} and metrics['recipe']['weight_decay'] == 2e-5
+    assert set(metrics['results']) == {'chance', 'random rgb', 'random flow', 'rgb-1', 'flow-1', 'rgb-2 cycle 1', 'flow-2 cycle 1'}
+    assert metrics['results']['chance']['R@1'] == 0.125
+    assert pictures(notebook) >= 8
+    for name in ('history.csv', 'results.csv', 'recipe.yaml', 'store', 'stages'): assert (tmp_path/'run'/name).exists()
+    history = (tmp_path/'run'/'history.csv').read_bytes()
+    execute({**values, 'collapse_lesson': False}, tmp_path)
+    assert (tmp_path/'run'/'history.csv').read_bytes() == history
+
+@pytest.mark.skipif(not UT_INTERACTION.is_dir(), reason='needs the real clips beside the clone')
+@pytest.mark.timeout(300)
+def test_pretrain_on_real_clips(tmp_path):
+    manifest = folder_manifest(UT_INTERACTION, group=r'set1_\d+_(\d+)_', probe=probe)
+    write_manifest(manifest[manifest.group.isin(['1', '2', '3'])], tmp_path/'clips.csv')
+    execute(dict(TINY, manifest=str(tmp_path/'clips.csv'), videos=str(UT_INTERACTION), output=str(tmp_path/'run'), short_side=48, collapse_lesson=False, single_batch_size=4,
+                 cross_batch_size=4, test_fraction=0.34), tmp_path)
+    metrics = json.loads((tmp_path/'run'/'metrics.json').read_text())
+    assert metrics['train_videos'] + metrics['test_videos'] == 18
+    assert 0 < metrics['results']['chance']['R@1'] < 1
+
+@pytest.mark.timeout(300)
+def test_unlabelled_videos_in_two_processes(tmp_path):
+    from vicc.manifests import read_manifest
+    from vicc.synthetic import make_moving_shapes
+    made = make_moving_shapes(tmp_path/'shapes', 16, 8)
+    for subset in ('train', 'test'): read_manifest(made[subset])[['video', 'num_frames']].to_csv(tmp_path/f'{subset}.csv', index=False)
+    execute(dict(TINY, manifest=str(tmp_path/'train.csv'), test_manifest=str(tmp_path/'test.csv'), videos=str(made['videos']), output=str(tmp_path/'run'), collapse_lesson=False, num_processes=2),
+            tmp_path)
+    assert len((tmp_path/'run'/'history.csv').read_text().splitlines()) == 5 and yaml.safe_load((tmp_path/'run'/'recipe.yaml').read_text())['num_prototypes'] == 6
+    assert json.loads((tmp_path/'run'/'metrics.json').read_text())['results'] == {}
+
+@pytest.mark.parametrize('notebook', EXPERIMENTS, ids=lambda path: path.stem)
+def test_has_documented_parameters(notebook):
+    found = pm.inspect_notebook(notebook)
+    assert found
+    assert [name for name, about in found.items() if not about['help'] or about['inferred_type_name'] == 'None'] == []
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.stem)
+def test_recipe_belongs_to_the_notebook(recipe):
+    values = yaml.safe_load(recipe.read_text())
+    assert set(values) == set(Recipe.model_fields) and Recipe.read(recipe).plan()
+    assert Recipe.read('demo').replace(**values) == Recipe.read(recipe)  # as `papermill -f` gives them to the notebook
+    parameters = pm.inspect_notebook(ROOT/'nbs'/'run_pretrain.ipynb')
+    assert parameters['recipe']['default'] == "'demo'" and len(parameters) <= 16 and not set(parameters) & set(values)
+
+def test_a_recipe_of_before_is_read(tmp_path):
+    "Its optimizer was an optimiser, and it knew less."
+    values = yaml.safe_load((ROOT/'nbs'/'recipes'/'demo.yaml').read_text())
+    values['optimiser'] = values.pop('optimizer')
+    for name in ('video_preset', 'accumulate', 'sync_batchnorm', 'patience', 'compile'): del values[name]
+    (tmp_path/'old.yaml').write_text(yaml.safe_dump(values))
+    assert Recipe.read(tmp_path/'old.yaml') == Recipe.read('demo')
+    assert Recipe.read(tmp_path/'old.yaml', optimizer='sgd').optimizer == Recipe.read('demo', optimiser='sgd').optimizer == 'sgd'
+
+@pytest.mark.parametrize('values, words', [
+    (dict(sede=1), 'no parameter .*sede.*did you mean seed'),
+    (dict(seed=-1), 'seed is -1, but must be greater'),
+    (dict(recipe='nothing'), 'the recipe .*nothing.yaml does not exist'),
+    (dict(manifest='nowhere.csv', videos='.'), 'nowhere.csv'),
+    (dict(manifest='nowhere.csv'), 'give both manifest and videos'),
+], ids=['unknown key', 'wrong value', 'missing recipe', 'missing manifest', 'manifest without videos'])  # others: engine/recipe
+def test_wrong_parameters_are_refused_before_any_work(values, words, tmp_path):
+    with pytest.raises(Exception, match=words): execute(dict(TINY, output=str(tmp_path/'run'), **values), tmp_path)
+    assert not (tmp_path/'run'/'store').exists()

@@ -1,0 +1,70 @@
+"The package imports without the development packages, and explains itself."
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vicc.streams import Stream, save_stream
+from vicc.video import write_video
+
+ROOT = Path(__file__).parents[2]
+CODE = '''
+import importlib, pkgutil, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {names}: raise ImportError(name + ' is a development package')
+sys.meta_path.insert(0, Blocked())
+import vicc
+for module in pkgutil.walk_packages(vicc.__path__, 'vicc.'):
+    if not module.name.split('.')[-1].startswith('_'): importlib.import_module(module.name)
+'''
+
+def test_imports_without_development_packages():
+    config = ConfigParser(delimiters=['='])
+    config.read(ROOT/'settings.ini', encoding='utf-8')
+    names = {requirement.split('=')[0].split('>')[0] for requirement in config['DEFAULT']['dev_requirements'].split()} - {'hypothesis', 'tensorboard'}  # torch and accelerate look for them, and do without
+    result = subprocess.run([sys.executable, '-c', CODE.replace('{names}', repr(names))], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+def undocumented(module) -> list[str]:
+    "Public names of a module whose help() would leave a question open: no words, or a parameter or result without a type."
+    found = [] if module.__doc__ else [module.__name__]
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if getattr(thing, '__module__', '') != module.__name__ or not (inspect.isfunction(thing) or inspect.isclass(thing)): continue
+        own = {name: thing} if inspect.isfunction(thing) else {f'{name}.{method}': function for method, function in vars(thing).items() if inspect.isfunction(function)
+                                                              and not method.startswith('_') and not any(hasattr(base, method) for base in thing.__bases__)}
+        if inspect.isclass(thing) and '__init__' in vars(thing): found += [f'{module.__name__}.{name}({parameter}: ?)' for parameter in untyped(thing.__init__)]
+        found += [f'{module.__name__}.{place} says nothing' for place, said in {name: thing, **own}.items() if not said.__doc__ or said.__doc__.startswith(f'{name}(')]
+        for place, function in own.items():
+            found += [f'{module.__name__}.{place}({parameter}: ?)' for parameter in untyped(function)]
+            if inspect.signature(function).return_annotation is inspect.Signature.empty: found.append(f'{module.__name__}.{place} -> ?')
+    return found
+
+def untyped(function) -> list[str]:
+    "Parameters without a type."
+    return [parameter.name for parameter in inspect.signature(function).parameters.values() if parameter.annotation is parameter.empty and parameter.name not in ('self', 'cls')]
+
+@pytest.mark.parametrize('name', [module.name for module in pkgutil.walk_packages([str(ROOT/'vicc')], 'vicc.') if not (module.ispkg or module.name.startswith('vicc._'))])
+def test_help_of_every_public_name(name):
+    assert undocumented(importlib.import_module(name)) == []
+
+def test_types_are_there_for_users():
+    assert (ROOT/'vicc'/'py.typed').is_file()
+
+def test_the_readmes_example_without_notebooks(tmp_path, monkeypatch, capsys):
+    code = re.search(r'## Use it without notebooks.*?```python\n(.*?)```', (ROOT/'README.md').read_text(), re.DOTALL).group(1)
+    films = re.findall(r"'(\w+\.mp4)'", code)
+    monkeypatch.chdir(tmp_path)
+    save_stream(Stream('small', 6, projection_dim=8, backbone_options={'width': 4}), re.search(r"load_stream\('(.*?)'\)", code).group(1))
+    rng = np.random.default_rng(0)
+    for film in films: write_video(film, rng.integers(0, 255, (12, 48, 64, 3), dtype=np.uint8))
+    exec(compile(code, 'README.md', 'exec'), {})
+    assert sorted(line.split(':')[0] for line in capsys.readouterr().out.splitlines()) == sorted(films[:-1])

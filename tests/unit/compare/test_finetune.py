@@ -1,0 +1,314 @@
+"Classifiers: killed and resumed, two processes, ten crops by hand, the released code's habits, labels."
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.multiprocessing as mp
+from accelerate import Accelerator
+
+from helpers import Unplugged, unplug
+from vicc.augment import ViewSettings, apply_view, center_crop, crop_boxes, draw_view
+from vicc.compare.finetune import (FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, Classifier, LabelledClips, accuracy,
+                                   best_epoch, cached_predict, classify, confusion, crop_choices, fuse,
+                                   keep_middle_clips, per_class_accuracy, predict, predictions_table,
+                                   split_validation, train_classifier)
+from vicc.data import TestClips, sample_rng, training_loader
+from vicc.evaluation import extract_features
+from vicc.fast.layers import inference_copy
+from vicc.streams import Stream
+from vicc.video import VideoError, clip_indices, random_clip_start
+
+VIEWS = replace(TRAINING_VIEWS, size=16, area=(.5, 1))
+TINY = replace(FINE_TUNING, epochs=4, milestones=(3,), batch_size=8, dropout=.5, learning_rate=.05,
+               validation_fraction=.25)
+PROBE = replace(TINY, backbone_lr_scale=0., normalise=True, dropout=0.)
+UNVALIDATED = replace(TINY, validation_fraction=0.)
+
+class MadeUpStore:
+    "A store in memory: bright videos are class 1, and brightness is all there is."
+    settings, path = SimpleNamespace(hash='made-up'), Path('made-up')
+
+    def __init__(self, count: int, seed: int = 0):
+        rng, rows, self.pixels = np.random.default_rng(seed), [], {}
+        for number in range(count):
+            height, width = (24, 32) if number % 3 else (28, 24)
+            rows.append(dict(video=f'v{number}.mp4', label=number % 2, class_name=('dark', 'bright')[number % 2],
+                             group=f'g{number//2}', num_frames=7 + number % 3, fps=10., width=width, height=height))
+        self.manifest = pd.DataFrame(rows)
+        for row in rows:
+            noise = rng.integers(0, 128, (row['num_frames'], row['height'], row['width'], 3), np.uint8)
+            self.pixels[row['video']] = noise + np.uint8(100*row['label'])
+
+    def file(self, video, stream): return Path(__file__)  # this file makes the pixels
+
+    def read(self, video, stream, indices=None):
+        frames = self.pixels[video][..., :2 if stream == 'flow' else 3]
+        return frames if indices is None else frames[indices]
+
+@pytest.fixture(scope='module')
+def store(): return MadeUpStore(24)
+
+@pytest.fixture(scope='module')
+def cpu(): return Accelerator(cpu=True)
+
+def new_stream() -> Stream:
+    torch.manual_seed(0)
+    options = {'width': 4, 'multipliers': [1, 2], 'spatial_strides': [2, 2], 'temporal_strides': [1, 1]}
+    return Stream('small', 4, 8, options)
+
+def new_classifier(config=TINY) -> Classifier: return Classifier.from_stream(new_stream(), 2, config)
+
+def clips_of(store, rows=None, stream='rgb'):
+    return TestClips(store, store.manifest if rows is None else rows, stream, 4, 2, 5)
+
+def training_sets(store, config):
+    train, held_out = split_validation(store.manifest, config)
+    training = LabelledClips(store, train, 2, 'rgb', 4, views=VIEWS, seed=config.seed)
+    return training, None if held_out is None else keep_middle_clips(clips_of(store, held_out))
+
+def same(first: dict, second: dict) -> bool:
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+def silent(line: str) -> None: pass
+
+@pytest.mark.parametrize('config', [TINY, PROBE, UNVALIDATED], ids=['fine-tuning', 'probe', 'no validation'])
+def test_killed_and_resumed_ends_with_the_same_weights(store, cpu, config, tmp_path):
+    def run(folder, stop_at=None):
+        training, validation = training_sets(store, config)
+        if stop_at is not None: unplug(training.frames, stop_at)
+        classifier = new_classifier(config)
+        history = train_classifier('x', classifier, training, validation, config, tmp_path/folder, None, cpu,
+                                   log=silent)
+        return classifier.state_dict(), history.drop(columns='clips_per_second')
+    weights, history = run('unbroken')
+    torch.manual_seed(99)  # what others do with torch's generator must not matter
+    with pytest.raises(Unplugged): run('broken', stop_at=2*16 + 11)
+    torch.rand(7)
+    again, history_again = run('broken')
+    assert same(weights, again) and history.equals(history_again) and len(history) == 4
+    assert sorted(path.name for path in (tmp_path/'broken').iterdir()) == ['step-000000003', 'step-000000004']
+    if not config.validation_fraction: assert history.best_epoch.iloc[-1] == 4
+
+def test_the_best_epoch_is_kept_and_other_settings_are_refused(store, cpu, tmp_path):
+    config = replace(TINY, epochs=6, milestones=())
+    training, validation = training_sets(store, config)
+    def train(classifier, config):
+        return train_classifier('x', classifier, training, validation, config, tmp_path, None, cpu, log=silent)
+    classifier = new_classifier(config)
+    history = train(classifier, config)
+    best = history.iloc[history.best_epoch.iloc[-1] - 1]
+    assert best.validation_accuracy == history.validation_accuracy.max()
+    probabilities = predict(classifier, validation, 'centre', None, 16)
+    right = accuracy(probabilities, validation.kept_rows().label.to_numpy())
+    assert right == pytest.approx(best.validation_accuracy)
+    for change, words in (('seed', 'seed was 0, is 1'), ('weight_decay', 'weight_decay was 0.001, is 1')):
+        other = replace(config, **{change: 1})
+        with pytest.raises(ValueError, match=words): train(new_classifier(other), other)
+    wider = Classifier.from_stream(Stream('small', 4, 8, {'width': 8}), 2, config)
+    with pytest.raises(ValueError, match='start was'): train(wider, config)
+
+def test_ten_crops_are_the_mean_of_ten_passes_for_each_size(store):
+    classifier = new_classifier().eval()
+    for stream in ('rgb', 'flow'):
+        clips = clips_of(store, store.manifest[:3], stream)
+        answer = predict(classifier, clips, 'ten', 20, 16, batch_size=4)
+        for video, row in enumerate(clips.rows.itertuples()):
+            numbers = [number for number, (own, _) in enumerate(clips.clips) if own == video]
+            raw = torch.from_numpy(np.stack([clips[number][stream] for number in numbers]))
+            center = center_crop(torch.tensor([[row.height, row.width]]*len(raw)), 20)
+            by_hand = []
+            for box, flip in zip(*crop_boxes(row.height, row.width, 20)):
+                choices = {**center, 'box': box.expand(len(raw), 4), 'flip': flip.expand(len(raw))}
+                view = apply_view(raw, choices, ViewSettings(size=16), stream)
+                with torch.no_grad(): by_hand.append(classifier(view).softmax(1).mean(0))
+            torch.testing.assert_close(answer[video], torch.stack(by_hand).mean(0), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match='does not fit'): predict(classifier, clips_of(store), 'ten', 30, 16)
+
+@pytest.mark.parametrize('stream', ['rgb', 'flow'])
+def test_views_of_a_batch_are_those_of_a_plain_reader(store, stream):
+    clips = LabelledClips(store, store.manifest, 2, stream, 4, views=VIEWS, seed=3)
+    [batch] = training_loader(clips, 24).epoch(2)
+    views = apply_view(batch[stream][:, 0], batch['views'][0], VIEWS, stream)
+    for place, sample in enumerate(batch['sample'].tolist()):
+        row, rng = store.manifest.iloc[sample], sample_rng(3, 2, sample)
+        drawn = draw_view(VIEWS, row.height, row.width, True, rng)
+        choices = {name: torch.from_numpy(value)[None] for name, value in drawn.items()}
+        indices = clip_indices(row.num_frames, 4, random_clip_start(row.num_frames, 4, rng))
+        frames = torch.from_numpy(store.read(row.video, stream, indices))[None]
+        torch.testing.assert_close(views[place], apply_view(frames, choices, VIEWS, stream)[0], atol=1e-4, rtol=0)
+    assert batch['label'].tolist() == store.manifest.label.to_numpy()[batch['sample']].tolist()
+
+def test_a_video_that_cannot_be_read_is_replaced_and_told(cpu, tmp_path):
+    store, config, lines = MadeUpStore(24), replace(UNVALIDATED, epochs=1, milestones=()), []
+    training = LabelledClips(store, store.manifest, 2, 'rgb', 4, views=VIEWS)
+    read = training.frames.read
+    def fails(video: str, *arguments):
+        if video == 'v3.mp4': raise VideoError('v3.mp4 is damaged')
+        return read(video, *arguments)
+    training.frames.read = fails
+    item = training[3]
+    assert item['label'] == store.manifest.label[item['sample']] and item['sample'] != 3
+    assert item['replaced'] == [('v3.mp4', 'v3.mp4 is damaged')]
+    train_classifier('x', new_classifier(config), training, None, config, tmp_path, None, cpu, log=lines.append)
+    assert any('v3.mp4: v3.mp4 is damaged' in line for line in lines)
+
+def test_a_copy_for_inference_gives_the_same_features(store):
+    stream, clips = new_stream().train(), clips_of(store)
+    with torch.no_grad(): stream.features(torch.randn(8, 3, 4, 16, 16))  # statistics of its own
+    stream.eval()
+    networks = (stream, inference_copy(stream))
+    plain, fast = (extract_features(network.features, clips, 16, 20) for network in networks)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=0)
+    rough = extract_features(inference_copy(stream).features, clips, 16, 20, precision='bf16')
+    assert not torch.equal(rough, fast) and (rough - plain).abs().max() < .02
+    with pytest.raises(ValueError, match="precision='half' is not one of"):
+        extract_features(stream.features, clips, precision='half')
+
+def test_flow_as_image_keeps_the_sign_of_flipped_flow(store):
+    classifier, clips = new_classifier().eval(), clips_of(store, store.manifest[:2], 'flow')
+    def ask(views, flow_as_image): return predict(classifier, clips, views, 20, 16, flow_as_image=flow_as_image)
+    assert not torch.allclose(ask('ten', False), ask('ten', True), atol=1e-6)
+    torch.testing.assert_close(ask('five', False), ask('five', True))
+
+def test_exact_paper_jitters_from_a_seed(store):
+    classifier, clips = new_classifier().eval(), clips_of(store)
+    def ask(**options): return predict(classifier, clips, 'centre', 20, 16, **options)
+    jittered = ask(exact_paper=True, seed=5)
+    assert torch.equal(ask(), ask(seed=5)) and torch.equal(jittered, ask(exact_paper=True, seed=5))
+    torch.testing.assert_close(jittered, ask(exact_paper=True, seed=5, batch_size=7), atol=1e-5, rtol=0)
+    assert not torch.allclose(jittered, ask(exact_paper=True, seed=6), atol=1e-6)
+    generators = [np.random.default_rng((0, clip)) for clip in range(400)]
+    choices = crop_choices(torch.full((400, 2), 24), 'centre', 20, generators)[0]
+    share = (choices['factors'] != torch.tensor([1., 1, 1, 0])).any(1).float().mean().item()
+    assert .22 < share < .38
+    assert (choices['grey'] == -1).all() and (choices['sigma'] == 0).all() and not choices['flip'].any()
+    train, validation = split_validation(store.manifest[:16], replace(TINY, exact_paper=True), store.manifest[16:])
+    assert len(train) == 16 and set(validation.video) <= set(store.manifest.video[16:]) and len(validation) == 2
+
+def test_validation_holds_out_whole_groups(store):
+    train, held_out = split_validation(store.manifest, TINY)
+    assert not set(train.group) & set(held_out.group) and len(train) + len(held_out) == 24
+
+def test_classify_goes_on_and_caches(store, cpu, tmp_path):
+    lines, rows = [], store.manifest[16:]
+    def run(name='rgb', test_rows=rows, folder=tmp_path):
+        return classify('x', new_stream(), name, store, store.manifest[:16], clips_of(store, test_rows), 2, TINY, folder,
+                        4, training_views=VIEWS, crop=20, min_frames=5, accelerator=cpu, log=lines.append)
+    probabilities, history = run()
+    assert len(lines) == 4 and (tmp_path/'classifier'/'config.json').is_file()
+    assert len(pd.read_csv(tmp_path/'history.csv')) == 4
+    [file] = (tmp_path/'probabilities').rglob('*.safetensors')
+    file.write_bytes(b'nonsense')
+    again, _ = run()
+    assert torch.equal(again, probabilities) and len(lines) == 4
+    table = predictions_table(rows, probabilities, ['dark', 'bright'])
+    assert list(table.columns) == ['video', 'true', 'predicted', 'right', 'p(dark)', 'p(bright)']
+    assert table.right.mean() == pytest.approx(accuracy(probabilities, rows.label.tolist()))
+    with pytest.raises(ValueError, match="of the stream 'rgb', not 'flow'"): run('flow', folder=tmp_path/'other')
+    with pytest.raises(ValueError, match='test videos have no label from 0 to 1'):
+        run(test_rows=store.manifest.assign(label=2), folder=tmp_path/'other')
+    assert not (tmp_path/'other').exists()
+
+def test_chunks_give_the_same_answer(store, tmp_path):
+    classifier, clips = new_classifier().eval(), clips_of(store)
+    in_chunks = cached_predict(classifier, clips, tmp_path, chunk_clips=5, views='five', crop=20, size=16)
+    torch.testing.assert_close(in_chunks, predict(classifier, clips, 'five', 20, 16), atol=1e-6, rtol=0)
+    assert len(list(tmp_path.rglob('*.safetensors'))) > 3
+
+@pytest.mark.parametrize('label', [-1, 2, 1.5, None])
+def test_labels_are_checked(store, label):
+    rows = store.manifest.astype({'label': object})
+    rows.loc[3, 'label'] = label
+    with pytest.raises(ValueError, match=r'1 of 24 training videos have no label from 0 to 1 \(v3.mp4'):
+        LabelledClips(store, rows, 2)
+
+def test_config():
+    assert [LINEAR_PROBE.learning_rate_at(epoch) for epoch in (59, 60, 99)] == pytest.approx([.1, .01, .001])
+    assert (FINE_TUNING.epochs, FINE_TUNING.milestones) == (500, (200, 300, 400, 450))
+    assert (FINE_TUNING.dropout, FINE_TUNING.batch_size) == (.9, 128)
+    for values, words in ((dict(milestones=(80, 60)), 'must rise'), (dict(dropout=1.), 'dropout=1.0'),
+                          (dict(batch_size=0), 'batch_size=0'), (dict(learning_rate=0), 'learning_rate=0')):
+        with pytest.raises(ValueError, match=words): replace(LINEAR_PROBE, **values)
+
+def test_measures():
+    probabilities, labels = torch.tensor([[.7, .2, .1], [.1, .5, .4], [.2, .5, .3]]), [0, 1, 2]
+    assert accuracy(probabilities, labels) == pytest.approx(2/3) and accuracy(probabilities, labels, 2) == 1
+    assert confusion(probabilities, labels).tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
+    assert per_class_accuracy(probabilities, labels).tolist() == [1, 1, 0]
+    assert fuse(probabilities, probabilities.flip(1))[0].tolist() == pytest.approx([.4, .2, .4])
+    with pytest.raises(ValueError, match='sum to 1'): fuse(torch.ones(2, 3))
+
+def test_which_epoch_is_best():
+    history = []
+    rows = [(.5, 1., 1), (.4, .5, 1), (.5, .9, 3), (.5, .9, 3), (.6, 2., 5)]
+    for epoch, (share, loss, best) in enumerate(rows, 1):
+        history.append(dict(epoch=epoch, validation_accuracy=share, validation_loss=loss))
+        assert best_epoch(history) == best
+    assert best_epoch([dict(epoch=1), dict(epoch=2)]) == 2  # without validation the last one counts
+
+def work(rank: int, processes: int, folder: str) -> None:
+    "One process of a training; the result goes to a file."
+    if processes > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_PORT='29591',
+                          MASTER_ADDR='127.0.0.1', GLOO_SOCKET_IFNAME='lo', ACCELERATE_USE_CPU='true')
+    torch.set_num_threads(1)
+    accelerator, store = Accelerator(cpu=True), MadeUpStore(24)
+    config = replace(TINY, epochs=2, milestones=(), backbone_lr_scale=0., dropout=0.)
+    training, validation = training_sets(store, config)
+    classifier = new_classifier(config)
+    history = train_classifier('x', classifier, training, validation, config, f'{folder}/{processes}', 20,
+                               accelerator, log=silent)
+    probabilities = predict(classifier, clips_of(store), 'five', 20, 16, accelerator=accelerator)
+    result = dict(weights=classifier.state_dict(), probabilities=probabilities,
+                  history=history.drop(columns='clips_per_second').to_dict('list'))
+    torch.save(result, f'{folder}/{processes}-{rank}.pt')
+    if processes > 1: torch.distributed.destroy_process_group()
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    work(0, 1, str(tmp_path))
+    mp.spawn(work, (2, str(tmp_path)), 2)
+    paths = [tmp_path/f'{name}.pt' for name in ('1-0', '2-0', '2-1')]
+    one, first, second = (torch.load(path, weights_only=True) for path in paths)
+    assert same(first['weights'], second['weights'])
+    assert torch.equal(first['probabilities'], second['probabilities'])
+    for name, value in one['weights'].items():
+        torch.testing.assert_close(first['weights'][name], value, atol=1e-5, rtol=0)
+    torch.testing.assert_close(first['probabilities'], one['probabilities'], atol=1e-5, rtol=0)
+    assert first['history']['loss'] == pytest.approx(one['history']['loss'], abs=1e-5)
+    assert first['history']['validation_accuracy'] == one['history']['validation_accuracy']
+
+@pytest.mark.timeout(300)
+def test_run_evaluate_from_saved_streams_and_again(tmp_path):
+    import papermill as pm
+    from vicc.streams import save_stream
+    from vicc.synthetic import make_moving_shapes
+    root, shapes = Path(__file__).parents[3], make_moving_shapes(tmp_path/'shapes', 16, 8)
+    for name in ('rgb', 'flow'): save_stream(new_stream(), tmp_path/name)
+    paths = dict(rgb=tmp_path/'rgb', flow=tmp_path/'flow', recipe=root/'nbs'/'recipes'/'demo.yaml',
+                 manifest=shapes['train'], test_manifest=shapes['test'], videos=shapes['videos'],
+                 output=tmp_path/'out')
+    values = dict({name: str(path) for name, path in paths.items()}, linear_epochs=2, tuning_epochs=2,
+                  batch_size=8, validation_fraction=0.0, random_weights=False, crops='five')
+    def execute(**changes):
+        pm.execute_notebook(root/'nbs'/'run_evaluate.ipynb', tmp_path/'out.ipynb', {**values, **changes},
+                            progress_bar=False, cwd=root)
+    def metrics(): return json.loads((tmp_path/'out'/'metrics.json').read_text())
+    execute()
+    first = metrics()
+    assert set(first['retrieval']) == {'chance', 'rgb', 'flow', 'rgb + flow'}
+    titles = [f'{protocol}, pretrained {name}' for protocol in ('linear probe', 'fine-tuning')
+              for name in ('rgb', 'flow', 'rgb + flow')]
+    assert set(first['classifiers']) == set(titles)
+    assert len(list((tmp_path/'out'/'predictions').glob('*.csv'))) == 6
+    assert len(list((tmp_path/'out'/'pictures').glob('*.png'))) == 4
+    execute(fine_tuning=False)
+    again = metrics()
+    assert again['retrieval'] == first['retrieval']
+    assert all(first['classifiers'][title] == row for title, row in again['classifiers'].items())
+    with pytest.raises(Exception, match='linear_epochs is 2, not 3'): execute(linear_epochs=3)

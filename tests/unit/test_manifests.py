@@ -1,0 +1,317 @@
+"Manifests against the official split lists (skipped where they are not), and what a notebook should not carry."
+import csv
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vicc import manifests, video
+
+root = Path(__file__).parents[2]
+shared = Path(__file__).parents[3]/'shared'/'data'
+needs_splits = pytest.mark.skipif(not (shared/'splits').is_dir(), reason='the official split lists are not here')
+needs_samples = pytest.mark.skipif(not (shared/'official_samples').is_dir(), reason='the official sample videos are not here')
+
+
+def ucf101_lists(split):
+    "Paths of the official lists of one split: {subset: set of Class/name}."
+    return {subset: {line.split()[0] for line in (shared/'splits'/'ucf101_splits'/f'{subset}list0{split}.txt').read_text().splitlines() if line.strip()}
+            for subset in ('train', 'test')}
+
+
+def stand_ins(folder, names):
+    "Empty files with these paths."
+    for parent in sorted({name.rsplit('/', 1)[0] for name in names}): (folder/parent).mkdir()
+    for name in names: os.close(os.open(f'{folder}/{name}', os.O_CREAT))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def ucf101(tmp_path_factory):
+    "All 13,320 clips as empty files, in class folders as in the archive."
+    folder = tmp_path_factory.mktemp('ucf101')
+    lists = ucf101_lists(1)
+    return stand_ins(folder, sorted(lists['train'] | lists['test']))
+
+
+@pytest.fixture(scope='module')
+def hmdb51(tmp_path_factory):
+    "All 6,766 clips as empty files."
+    folder = tmp_path_factory.mktemp('hmdb51')
+    return stand_ins(folder, [f"{path.name[:-len('_test_split1.txt')]}/{line.rsplit(maxsplit=1)[0]}" for path in sorted((shared/'splits'/'hmdb51_splits').glob('*_test_split1.txt'))
+                              for line in path.read_text().splitlines() if line.strip()])
+
+
+@needs_splits
+@pytest.mark.parametrize('split', [1, 2, 3])
+def test_ucf101(ucf101, split):
+    parts = {}
+    for subset, count in manifests.UCF101_COUNTS[split].items():
+        by_rule = manifests.ucf101_manifest(ucf101, split, subset)
+        by_list = manifests.ucf101_manifest(ucf101, split, subset, split_files=shared/'splits'/'ucf101_splits')
+        pd.testing.assert_frame_equal(by_rule, by_list)
+        assert len(by_rule) == count and set(by_rule.video) == ucf101_lists(split)[subset]
+        parts[subset] = by_rule
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # siblings on both sides would warn
+        manifests.check_train_test(parts['train'], parts['test'])
+    train = parts['train']
+    labels = dict(line.split() for line in (shared/'splits'/'ucf101_splits'/f'trainlist0{split}.txt').read_text().splitlines() if line.strip())
+    assert {row.video: row.label + 1 for row in train.itertuples()} == {name: int(label) for name, label in labels.items()}
+    assert train.class_name.nunique() == 101 and (train.video.str.split('/').str[0] == train.class_name).all()
+
+
+@needs_splits
+def test_ucf101_classes():
+    lines = (shared/'splits'/'ucf101_splits'/'classInd.txt').read_text().split()
+    assert lines[1::2] == manifests.UCF101_CLASSES
+
+
+@needs_splits
+def test_ucf101_incomplete(ucf101, tmp_path):
+    (tmp_path/'flat').mkdir()
+    for name in ('v_HandstandPushups_g08_c01.avi', 'v_YoYo_g08_c01.avi', 'v_YoYo_g01_c01.avi', 'stranger.avi'): (tmp_path/'flat'/name).touch()
+    with pytest.raises(ValueError, match='must have 9537 videos, found 2'): manifests.ucf101_manifest(tmp_path/'flat')
+    some = manifests.ucf101_manifest(tmp_path/'flat', check_counts=False)
+    assert some.video.tolist() == ['v_HandstandPushups_g08_c01.avi', 'v_YoYo_g08_c01.avi'] and some.label.tolist() == [36, 100]
+    with pytest.warns(UserWarning, match='9535 of 9537 videos are left out'):
+        listed = manifests.ucf101_manifest(tmp_path/'flat', split_files=shared/'splits'/'ucf101_splits', check_counts=False)
+    pd.testing.assert_frame_equal(listed, some, check_flags=False)
+    assert len(listed.attrs['problems']) == 9535
+
+
+@needs_splits
+@pytest.mark.parametrize('split', [1, 2, 3])
+def test_hmdb51(hmdb51, split):
+    parts = {subset: manifests.hmdb51_manifest(hmdb51, shared/'splits'/'hmdb51_splits', split, subset) for subset in ('train', 'test')}
+    for subset, mark, each in (('train', '1', 70), ('test', '2', 30)):
+        expected = {f"{path.name.split('_test_split')[0]}/{line.rsplit(maxsplit=1)[0]}"
+                    for path in (shared/'splits'/'hmdb51_splits').glob(f'*_test_split{split}.txt')
+                    for line in path.read_text().splitlines() if line.rstrip().endswith(mark) and line.strip()}
+        assert set(parts[subset].video) == expected
+        assert (parts[subset].groupby('class_name').size() == each).all() and parts[subset].label.nunique() == 51
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # siblings stay together in the official splits
+        manifests.check_train_test(parts['train'], parts['test'])
+    assert parts['train'].group.nunique() < len(parts['train'])/2
+
+
+@needs_splits
+def test_hmdb51_one_missing(hmdb51, tmp_path):
+    copy = tmp_path/'copy'
+    copy.mkdir()
+    for folder in hmdb51.iterdir(): (copy/folder.name).symlink_to(folder, target_is_directory=True)
+    (copy/'wave').unlink()
+    with pytest.raises(ValueError, match=r'HMDB51 split 1 train must have 3570 videos, found 3500 \(wave/21_wave_u_nm_np1_fr_goo_5.avi, wave/.* … not there\)'):
+        manifests.hmdb51_manifest(copy, shared/'splits'/'hmdb51_splits')
+    with pytest.warns(UserWarning, match='70 of 3570 videos are left out'):
+        some = manifests.hmdb51_manifest(copy, shared/'splits'/'hmdb51_splits', check_counts=False)
+    assert len(some) == 3500 and {problem['video'].split('/')[0] for problem in some.attrs['problems']} == {'wave'}
+
+
+def copied_lists(name, tmp_path, change):
+    "The official lists of a data set, one of them changed: (file, function of its text)."
+    folder = tmp_path/'lists'
+    shutil.copytree(shared/'splits'/name, folder)
+    path, edit = folder/change[0], change[1]
+    path.write_text(edit(path.read_text()))
+    return folder
+
+
+@needs_splits
+@pytest.mark.parametrize('edit, message', [
+    (lambda text: text + text.splitlines()[0] + '\n', "trainlist01.txt: line 9538: 'v_ApplyEyeMakeup_g08_c01.avi' is already in line 1"),
+    (lambda text: text.replace(' 1\n', ' 102\n', 1).replace('\r', ''), "trainlist01.txt: line 1: .* has the number 102, but ApplyEyeMakeup is 1"),
+    (lambda text: text.replace('v_ApplyEyeMakeup_', 'v_Makeup_', 1), "trainlist01.txt: line 1: '.*v_Makeup_g08_c01.avi' is no clip of the 101 classes"),
+    (lambda text: ''.join(text.splitlines(True)[:-1]), 'UCF101 split 1 train must have 9537 videos, found 9536')], ids=['twice', 'label', 'class', 'short'])
+def test_ucf101_changed_list(ucf101, tmp_path, edit, message):
+    lists = copied_lists('ucf101_splits', tmp_path, ('trainlist01.txt', lambda text: edit(text.replace('\r\n', '\n'))))
+    with pytest.raises(ValueError, match=message): manifests.ucf101_manifest(ucf101, split_files=lists)
+
+
+@needs_splits
+@pytest.mark.parametrize('edit, message', [
+    (lambda text: text + text.splitlines()[0] + '\n', "wave_test_split1.txt: line [0-9]+: '.*' is already in line 1"),
+    (lambda text: text.replace(' 1', ' 3', 1), "wave_test_split1.txt: line [0-9]+: '.* 3 *' is not a name and 0, 1 or 2"),
+    (lambda text: text.replace(' 1', ' 0', 1), 'HMDB51 split 1 train must have 3570 videos, found 3569')], ids=['twice', 'mark', 'short'])
+def test_hmdb51_changed_list(hmdb51, tmp_path, edit, message):
+    lists = copied_lists('hmdb51_splits', tmp_path, ('wave_test_split1.txt', edit))
+    with pytest.raises(ValueError, match=message): manifests.hmdb51_manifest(hmdb51, lists)
+    (lists/'wave_test_split1.txt').rename(lists/'waving_test_split1.txt')
+    with pytest.raises(FileNotFoundError, match='holds 50 of the 51 files <class>_test_split1.txt; not there: wave: check'): manifests.hmdb51_manifest(hmdb51, lists)
+
+
+@needs_splits
+def test_converted_copies(tmp_path):
+    "Another ending and one flat folder change nothing but the paths."
+    names = [line.split()[0] for line in (shared/'splits'/'ucf101_splits'/'testlist02.txt').read_text().splitlines() if 'YoYo' in line]
+    names += [line.rsplit(maxsplit=1)[0] for line in (shared/'splits'/'hmdb51_splits'/'wave_test_split2.txt').read_text().splitlines() if line.strip().endswith('2')]
+    for name in names: (tmp_path/Path(name).with_suffix('.mp4').name).touch()
+    by_rule = manifests.ucf101_manifest(tmp_path, 2, 'test', check_counts=False)
+    with pytest.warns(UserWarning, match='are left out'): by_list = manifests.ucf101_manifest(tmp_path, 2, 'test', shared/'splits'/'ucf101_splits', check_counts=False)
+    pd.testing.assert_frame_equal(by_rule, by_list, check_flags=False)
+    assert by_rule.video.tolist() == sorted(path.name for path in tmp_path.glob('v_*.mp4')) and set(by_rule.label) == {100}
+    with pytest.warns(UserWarning, match='1500 of 1530 videos are left out'): waves = manifests.hmdb51_manifest(tmp_path, shared/'splits'/'hmdb51_splits', 2, 'test', check_counts=False)
+    assert len(waves) == 30 and set(waves.class_name) == {'wave'} and all(name.endswith('.mp4') for name in waves.video)
+
+
+def kinetics_csv(path, names, clips=1, **extra):
+    "A table of Kinetics: some clips of each class."
+    rows = [dict(label=name, youtube_id=f'{number:06}_{clip:04}'[-11:], time_start=clip, time_end=clip + 10, split='train', **extra) for number, name in enumerate(names) for clip in range(clips)]
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return pd.DataFrame(rows)
+
+
+def test_kinetics(tmp_path):
+    names = [row['class_name'] for row in csv.DictReader((root/'data_manifests'/'kinetics400_classes.csv').open(encoding='utf-8'))]
+    table = kinetics_csv(tmp_path/'train.csv', reversed(names), 3, is_cc=0)
+    (tmp_path/'videos').mkdir()
+    for clip in table[::2].itertuples(): (tmp_path/'videos'/f'{clip.youtube_id}_{clip.time_start:06}_{clip.time_end:06}.mp4').touch()
+    with pytest.warns(UserWarning, match='600 of 1200 videos are left out'): manifest = manifests.kinetics_manifest(tmp_path/'videos', tmp_path/'train.csv')
+    assert len(manifest) == 600 and len(manifest.attrs['problems']) == 600
+    assert all(names[row.label] == row.class_name for row in manifest.itertuples()) and manifest.label.is_monotonic_increasing
+    assert {problem['video'].split('/')[1] for problem in manifest.attrs['problems']} == {f'{clip.youtube_id}_{clip.time_start:06}_{clip.time_end:06}.mp4' for clip in table[1::2].itertuples()}
+    kinetics_csv(tmp_path/'part.csv', names[-2:], 1)
+    with pytest.raises(ValueError, match='part.csv: has 2 classes, Kinetics has 400, 600 or 700'): manifests.kinetics_manifest(tmp_path/'videos', tmp_path/'part.csv')
+    kinetics_csv(tmp_path/'other.csv', [*names[:-1], 'Zumba'], 1)
+    with pytest.raises(ValueError, match="other.csv: row 401, column label: 'Zumba' is not one of the 400 classes"):
+        manifests.kinetics_manifest(tmp_path/'videos', tmp_path/'other.csv', classes=names)
+    for file in ('none.csv', 'empty.csv'):
+        if file == 'empty.csv': (tmp_path/file).touch()
+        with pytest.raises((FileNotFoundError, ValueError), match=file): manifests.kinetics_manifest(tmp_path/'videos', tmp_path/file)
+
+
+def test_kinetics_addresses_know_capitals(tmp_path):
+    for name in ('abcdefghijk.mp4', 'ABCDEFGHIJK.mp4'): (tmp_path/name).touch()
+    if len(list(tmp_path.iterdir())) < 2: pytest.skip('this file system does not know capitals')
+    (tmp_path/'k.csv').write_text('label,youtube_id,time_start,time_end,split\nb,abcdefghijk,0,10,val\na,ABCDEFGHIJK,0,10,val\n')
+    manifest = manifests.kinetics_manifest(tmp_path, tmp_path/'k.csv', 'val', classes=['a', 'b'])
+    assert dict(zip(manifest.video, manifest.label)) == {'ABCDEFGHIJK.mp4': 0, 'abcdefghijk.mp4': 1}
+
+
+@needs_samples
+@needs_splits
+@pytest.mark.filterwarnings('ignore:.*are left out')
+def test_builders_on_real_clips(tmp_path):
+    "The official builders on the real files: labels, siblings, and what is in the files."
+    clips, lists = shared/'official_samples', shared/'splits'
+    count = lambda path: video.probe(path, count=True)  # noqa: E731
+    rule, listed = (manifests.ucf101_manifest(clips/'ucf101', 1, 'train', split_files, check_counts=False) for split_files in (None, lists/'ucf101_splits'))
+    pd.testing.assert_frame_equal(rule, listed, check_flags=False)
+    ucf = manifests.probe_videos(rule, clips/'ucf101', count)
+    assert ucf.width.tolist() == [320]*2 and ucf.height.tolist() == [240]*2 and all(abs(fps - 29.97) < 0.01 for fps in ucf.fps) and (ucf.num_frames > 100).all()
+    parts = {}
+    for subset in ('train', 'test'):
+        try: parts[subset] = manifests.hmdb51_manifest(clips/'hmdb51', lists/'hmdb51_splits', 1, subset, check_counts=False)
+        except ValueError: continue  # none of the four is in this part
+    hmdb = pd.concat(parts.values())
+    marks = {line.rsplit(maxsplit=1)[0]: line.split()[-1] for line in (lists/'hmdb51_splits'/'wave_test_split1.txt').read_text().splitlines() if line.strip()}
+    for subset, part in parts.items():
+        for row in part[part.class_name == 'wave'].itertuples(): assert marks[row.video.split('/')[1]] == {'train': '1', 'test': '2'}[subset] and row.label == 50
+    waves = manifests.probe_videos(hmdb[hmdb.class_name == 'wave'].reset_index(drop=True), clips/'hmdb51', count)
+    assert len(waves) and set(waves.num_frames) <= {72, 74, 48} and set(waves.fps) == {30.0}
+    (tmp_path/'k.csv').write_text('label,youtube_id,time_start,time_end,split\nzumba,R6llTwEh07w,1,11,train\nabseiling,SOX5yA1l24A,2,12,train\nabseiling,gone,2,12,train\n')
+    kinetics = manifests.probe_videos(manifests.kinetics_manifest(clips/'kinetics', tmp_path/'k.csv', classes=['abseiling', 'zumba']), clips/'kinetics', video.probe)
+    assert kinetics.video.tolist() == ['SOX5yA1l24A.mp4', 'R6llTwEh07w.mp4'] and (kinetics.num_frames > 0).all() and (kinetics.width > 0).all()
+    assert [problem['video'] for problem in kinetics.attrs['problems']] == ['abseiling/gone_000002_000012.mp4']
+    for name, manifest in dict(ucf=ucf, waves=waves, kinetics=kinetics).items():
+        manifests.write_manifest(manifest, tmp_path/f'{name}.csv')
+        pd.testing.assert_frame_equal(manifests.read_manifest(tmp_path/f'{name}.csv'), manifest, check_flags=False)
+
+
+@needs_samples
+def test_folder_of_real_clips(tmp_path):
+    clips = shared/'official_samples'
+    hmdb = manifests.folder_manifest(clips/'hmdb51', probe=lambda path: video.probe(path, count=True))
+    assert hmdb.class_name.tolist() == ['cartwheel'] + ['wave']*3
+    assert hmdb.num_frames.tolist() == [83, 72, 74, 48] and hmdb.height.tolist() == [240]*4 and hmdb.fps.tolist() == [30.0]*4
+    ucf = manifests.ucf101_manifest(clips/'ucf101', 1, 'train', check_counts=False)
+    assert ucf.group.tolist() == ['SoccerJuggling_g23', 'SoccerJuggling_g24'] and ucf.label.tolist() == [83, 83]
+    manifests.require_videos(hmdb, clips/'hmdb51')
+    assert len(manifests.check_videos(hmdb, clips/"hmdb51")) == 0
+    manifests.write_manifest(hmdb, tmp_path/'hmdb.csv')
+    pd.testing.assert_frame_equal(manifests.read_manifest(tmp_path/'hmdb.csv'), hmdb)
+
+
+def test_broken_files_are_listed(tmp_path):
+    frames = np.zeros((5, 32, 32, 3), np.uint8)
+    for name in ('a', 'b'): (tmp_path/name).mkdir()
+    video.write_video(tmp_path/'a'/'good.mp4', frames)
+    (tmp_path/'a'/'empty.mp4').touch()
+    (tmp_path/'b'/'text.mp4').write_text('no video')
+    (tmp_path/'loose.mp4').touch()
+    with pytest.warns(UserWarning, match='3 of 4 videos are left out'):
+        manifest = manifests.folder_manifest(tmp_path, probe=video.probe)
+    assert manifest.video.tolist() == ['a/good.mp4'] and manifest.num_frames.tolist() == [5]
+    assert {problem['video'] for problem in manifest.attrs['problems']} == {'a/empty.mp4', 'b/text.mp4', 'loose.mp4'}
+    with pytest.raises(ValueError, match='none of 1 videos can be used'): manifests.folder_manifest(tmp_path/'b', labelled=False, probe=video.probe)
+    pd.concat([manifest, manifest])  # the list of problems must not be in the way
+
+
+def test_names_that_are_not_text(tmp_path):
+    (tmp_path/'a').mkdir()
+    (tmp_path/'a'/'good.mp4').touch()
+    try: open(os.fsencode(tmp_path/'a') + b'/r\xe9sum\xe9.mp4', 'wb').close()
+    except OSError: pytest.skip('this file system refuses such names')
+    with pytest.warns(UserWarning, match='1 of 2 videos'): manifest = manifests.folder_manifest(tmp_path)
+    manifests.write_manifest(manifest, tmp_path/'m.csv')
+    assert manifests.read_manifest(tmp_path/'m.csv').video.tolist() == ['a/good.mp4']
+
+
+def test_order_does_not_depend_on_the_disk(tmp_path):
+    for name in ('b/2.mp4', 'a/9.mp4', 'b/10.mp4', 'a-b/1.mp4'):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).touch()
+    assert manifests.folder_manifest(tmp_path).video.tolist() == sorted(['b/2.mp4', 'a/9.mp4', 'b/10.mp4', 'a-b/1.mp4'])
+
+
+def test_interrupted_write_keeps_the_old_table(tmp_path, monkeypatch):
+    old = pd.DataFrame({'video': ['a.mp4']})
+    manifests.write_manifest(old, tmp_path/'m.csv')
+    before = (tmp_path/'m.csv').read_bytes()
+    monkeypatch.setattr(Path, 'replace', lambda *args: (_ for _ in ()).throw(OSError('disk full')))
+    with pytest.raises(OSError): manifests.write_manifest(pd.DataFrame({'video': ['b.mp4']}), tmp_path/'m.csv')
+    assert (tmp_path/'m.csv').read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ['m.csv']
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_split_keeps_siblings_together(seed):
+    rng = np.random.default_rng(seed)
+    rows = [{'video': f'{n}.mp4', 'label': n % 4, 'class_name': str(n % 4), 'group': f'film{rng.integers(30)}'} for n in range(400)]  # films reach into all classes
+    train, test = manifests.split_manifest(pd.DataFrame(rows), 0.3, rng=rng)
+    assert not set(train.group) & set(test.group) and len(train) + len(test) == 400
+    assert 0.15 < len(test)/400 < 0.45
+    assert train.label.nunique() == test.label.nunique() == 4
+
+
+def test_class_tables_and_descriptions():
+    folder = root/'data_manifests'
+    tables = {name: list(csv.DictReader((folder/f'{name}_classes.csv').open(encoding='utf-8'))) for name in ('ucf101', 'hmdb51', 'kinetics400')}
+    assert [row['class_name'] for row in tables['ucf101']] == manifests.UCF101_CLASSES and [row['class_name'] for row in tables['hmdb51']] == manifests.HMDB51_CLASSES
+    kinetics = [row['class_name'] for row in tables['kinetics400']]
+    assert len(set(kinetics)) == 400 and kinetics == sorted(kinetics)
+    for rows in tables.values(): assert [int(row['label']) for row in rows] == list(range(len(rows)))
+    assert len(tables['hmdb51']) == 51 and [row['class_name'] for row in tables['hmdb51']] == sorted(row['class_name'] for row in tables['hmdb51'])
+    for name in ('ucf101', 'hmdb51', 'kinetics400', 'ut_interaction', 'moving_shapes'):
+        about = manifests.dataset_description(name, folder)
+        assert {'title', 'page', 'licence', 'layout', 'siblings', 'make', 'videos', 'classes', 'splits', 'format'} <= set(about)
+        if 'class_names' in about: assert len((folder/about['class_names']).read_text(encoding='utf-8').splitlines()) == about['classes'] + 1
+    assert manifests.dataset_description('hmdb51')['splits'] == manifests.HMDB51_COUNTS
+
+
+@needs_splits
+def test_hmdb51_class_table():
+    names = sorted((shared/'splits'/'hmdb51_splits'/'class_list.txt').read_text().split())
+    assert manifests.HMDB51_CLASSES == names
+
+
+def test_large_table_is_quick(tmp_path):
+    rows = pd.DataFrame({'video': [f'c{n % 400}/{n}.mp4' for n in range(20_000)], 'label': [n % 400 for n in range(20_000)]})
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        manifests.write_manifest(rows, tmp_path/'big.csv')
+        assert len(manifests.read_manifest(tmp_path/'big.csv', num_classes=400)) == 20_000

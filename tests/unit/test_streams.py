@@ -1,0 +1,454 @@
+"""The files of ViCC, CoCLR and InfoNCE: read with every key in its place, refused with a reason, written.
+
+No released file is needed: files are made from the list of released keys and shapes in tests/golden.
+"""
+import argparse
+import hashlib
+import json
+import pickle
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import GOLDEN, golden_weights
+from vicc.backbones import PAPER_NAMES, create_backbone
+from vicc.data import TestClips
+from vicc.evaluation import evaluate_stream
+from vicc.prepare import PrepareSettings, prepare
+from vicc.streams import Stream, export_released, load_released, load_stream, read_released, save_stream
+from vicc.synthetic import make_moving_shapes
+
+KEYS = json.loads((GOLDEN/'official_state_dict_keys.json').read_text())
+FEATURES = {'s3d': 1024, 's3dg': 1024, 'r21d': 512}
+
+
+def released_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    "Golden weights; S3D's second names get the tensor of the first, as in released files."
+    weights = golden_weights(shapes)
+    for place, paper in PAPER_NAMES.items():
+        for name in list(weights):
+            if name.startswith(f'{paper}.'): weights[name] = weights[place + name[len(paper):]]
+    return weights
+
+
+def made_up(shapes: dict[str, list[int]], seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(shape, generator=generator)*0.1 for name, shape in shapes.items()}
+
+
+def encoder(backbone: str, first: str, seed: int = 0, dim: int = 8) -> dict[str, torch.Tensor]:
+    "An encoder as in a released file, with a small projection."
+    size = FEATURES[backbone]
+    head = {'2.weight': [size, size, 1, 1, 1], '2.bias': [size], '4.weight': [dim, size, 1, 1, 1],
+            '4.bias': [dim]}
+    state = {f'0.{name}': tensor for name,
+             tensor in released_weights(KEYS['backbones'][backbone]).items()} | made_up(head, seed)
+    return {f'{first}.{name}': tensor + (0 if tensor.dtype == torch.int64 else 0.01*seed) for name,
+            tensor in state.items()}
+
+
+@pytest.fixture(scope='module', params=['s3d', 's3dg', 'r21d'])
+def single(request):
+    "Name and state dict of a single-stream file."
+    prototypes = torch.nn.functional.normalize(torch.rand(6, 8), dim=1)
+    return request.param, encoder(request.param, 'encoder_q') | {'prototypes.weight': prototypes}
+
+
+def light(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    "One number a tensor, repeated by expand: quick to write and read. The number depends on the name."
+    values = {name: torch.tensor(0 if name.endswith('tracked')
+                                 else 0.5 + zlib.crc32(name.encode())%1000/1000) for name in shapes}
+    return {name: values[name].expand(shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope='module')
+def r21d():
+    "A small file of R(2+1)D."
+    head = {'2.weight': [512, 512, 1, 1, 1], '2.bias': [512], '4.weight': [8, 512, 1, 1, 1], '4.bias': [8]}
+    shapes = {f'encoder_q.0.{name}': shape for name, shape in KEYS['backbones']['r21d'].items()}
+    shapes |= {f'encoder_q.{name}': shape for name, shape in head.items()}
+    return light(shapes | {'prototypes.weight': [6, 8]})
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(state, name='file.pth.tar', **extra):
+        torch.save({'epoch': 3, 'state_dict': state, **extra}, tmp_path/name)
+        return tmp_path/name
+    return write
+
+
+def holds(stream: Stream, weights: dict[str, torch.Tensor], first: str = 'encoder_q') -> None:
+    "Every released tensor of one encoder is in the stream."
+    backbone = stream.backbone
+    state = backbone.released_state_dict() if hasattr(backbone,
+                                                      'released_state_dict') else backbone.state_dict()
+    theirs = {name.removeprefix(f'{first}.0.'): tensor for name, tensor in weights.items()
+              if name.startswith(f'{first}.0.')}
+    assert set(state) == set(theirs)
+    for name, tensor in theirs.items(): assert torch.equal(state[name], tensor), name
+    for ours, number in ((0, 2), (2, 4)):
+        assert torch.equal(stream.head[ours].weight, weights[f'{first}.{number}.weight'].flatten(1))
+        assert torch.equal(stream.head[ours].bias, weights[f'{first}.{number}.bias'])
+
+
+def test_every_key_has_its_place_and_features_are_the_recorded_ones(single, write):
+    name, weights = single
+    stream = load_released(write(weights))
+    assert not stream.training and type(stream.backbone) is type(create_backbone(name))
+    assert tuple(stream.prototypes.weight.shape) == (6, 8)
+    assert torch.equal(stream.prototypes.weight, weights['prototypes.weight'])
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32
+               for parameter in stream.parameters())
+    holds(stream, weights)
+    golden = load_file(GOLDEN/f'backbone_{name}.safetensors')
+    clips = torch.randn(*golden['input_shape'].tolist(),
+                        generator=torch.Generator().manual_seed(int(golden['input_seed'])))
+    recorded = golden['features_eval']
+    recorded = recorded.flatten(1) if name == 'r21d' else recorded.flatten(2).mean(2)
+    with torch.no_grad(): features, projections = stream.features(clips), stream.embed(clips)
+    assert (features - recorded).norm() < 1e-4*recorded.norm()
+    # the head as the released code has it: 1×1×1 convolutions
+    hidden = torch.nn.functional.conv3d(features[:, :, None, None, None], weights['encoder_q.2.weight'],
+                                        weights['encoder_q.2.bias']).relu()
+    expected = torch.nn.functional.conv3d(hidden, weights['encoder_q.4.weight'],
+                                          weights['encoder_q.4.bias']).flatten(1)
+    torch.testing.assert_close(projections, torch.nn.functional.normalize(expected), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['single', 'cross'])
+def test_the_listed_checkpoints_come_back_key_by_key(kind, tmp_path):
+    shapes = KEYS['checkpoints'][kind]
+    weights = light(shapes)
+    for name in weights:  # two names, one tensor
+        for place, paper in PAPER_NAMES.items():
+            if f'.0.{paper}.' in name: weights[name] = weights[name.replace(f'.0.{paper}.', f'.0.{place}.')]
+    torch.save({'epoch': 1, 'state_dict': weights}, tmp_path/'file.pth.tar')
+    stream = load_released(tmp_path/'file.pth.tar')
+    teacher = load_released(tmp_path/'file.pth.tar', 'frozen',
+                            num_prototypes=300) if kind == 'cross' else None
+    again = torch.load(export_released(stream, tmp_path/'again.pth.tar', teacher, epoch=7), weights_only=True)
+    assert set(again) == {'epoch', 'state_dict'} and again['epoch'] == 7
+    assert {name: list(tensor.shape) for name, tensor in again['state_dict'].items()} == shapes
+    for name, tensor in again['state_dict'].items():
+        assert torch.equal(tensor, weights[name]), name
+        assert tensor.dtype == weights[name].dtype and tensor.is_contiguous(), name
+    limit = 40e6 if kind == 'single' else 80e6
+    assert (tmp_path/'again.pth.tar').stat().st_size < limit, 'a tensor with two names is stored twice'
+
+
+@pytest.mark.parametrize('name', ['s3dg', 'r21d'])
+def test_both_streams_of_a_cross_stream_file(name, tmp_path):
+    first, second = (Stream(name, num_prototypes=k, projection_dim=8).eval() for k in (5, 7))
+    path = export_released(first, tmp_path/'cross.pth.tar', teacher=second)
+    weights = torch.load(path, weights_only=True)['state_dict']
+    holds(load_released(path, stream='frozen', num_prototypes=7), weights, 'second')
+    clips = torch.randn(1, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for ours, theirs in zip(load_released(path)(clips), first(clips)): assert torch.equal(ours, theirs)
+
+
+def test_prefixes_of_parallel_training_and_old_formats(r21d, tmp_path):
+    "module. is taken off; old and bare files are read too; half precision becomes float32."
+    cases = {'module': {'state_dict': {f'module.{name}': tensor for name, tensor in r21d.items()}},
+             'bare': r21d,
+             'half': {'state_dict': {name: tensor.half() if tensor.is_floating_point() else tensor for name,
+                                     tensor in r21d.items()}}, 'old': {'state_dict': r21d}}
+    for case, content in cases.items():
+        torch.save(content, tmp_path/case, _use_new_zipfile_serialization=case != 'old')
+        stream = load_released(tmp_path/case)
+        assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in stream.state_dict().values())
+        if case != 'half': holds(stream, r21d)
+
+
+@pytest.mark.parametrize('frozen', ['second', 'sampler'])
+def test_contrastive_files_without_prototypes(r21d, write, frozen):
+    encoder_q = {name: tensor for name, tensor in r21d.items() if name != 'prototypes.weight'}
+    momentum = {name.replace('encoder_q', 'encoder_k'): tensor + 1 for name, tensor in encoder_q.items()}
+    other = {name.replace('encoder_q', frozen): tensor + 2 for name, tensor in encoder_q.items()}
+    queues = {'queue': torch.rand(8, 16), 'queue_ptr': torch.zeros(1, dtype=torch.int64),
+              'queue_second': torch.rand(8, 16),
+              'queue_vname': torch.zeros(16, dtype=torch.int64),
+              'queue_label': torch.zeros(16, dtype=torch.int64)}
+    path = write({**momentum, **queues, **encoder_q, **other})
+    message = r'left out encoder_k, queue, .*queue_label \(153 tensors\).*300 random ones'
+    with pytest.warns(UserWarning, match=message) as caught:
+        stream = load_released(path, generator=torch.Generator().manual_seed(0))
+    assert len(caught) == 1 and str(path) in str(caught[0].message)
+    holds(stream, encoder_q)
+    assert tuple(stream.prototypes.weight.shape) == (300, 8)
+    torch.testing.assert_close(stream.prototypes.weight.norm(dim=1), torch.ones(300))
+    with pytest.warns(UserWarning, match='left out') as caught:
+        again = load_released(path, num_prototypes=300, generator=torch.Generator().manual_seed(0))
+    assert 'random' not in str(caught[0].message)
+    assert torch.equal(again.prototypes.weight, stream.prototypes.weight)
+    with pytest.warns(UserWarning, match='left out .*no prototypes for the frozen stream: 300 random ones'):
+        holds(load_released(path, 'frozen'), other, frozen)
+
+
+def test_a_full_file_gives_no_warning_and_leaves_the_random_state_alone(r21d, write):
+    path = write(r21d)
+    before = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load_released(path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_stream_is_saved_and_loaded_like_any_other(r21d, write, tmp_path):
+    stream = load_released(write(r21d))
+    for again in (load_stream(save_stream(stream, tmp_path/'rgb')), Stream.from_pretrained(tmp_path/'rgb')):
+        for name, tensor in stream.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
+    stream.train()(torch.randn(2, 3, 4, 16, 16))[1].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in stream.parameters())
+
+
+def test_a_stream_saved_by_the_first_version(tmp_path):
+    "Two files and their checksums, as written since the first version."
+    torch.manual_seed(0)
+    stream, folder = Stream('small', 24, 64, {'width': 4, 'multipliers': [1, 2, 4, 8]}), tmp_path/'stream'
+    folder.mkdir()
+    (folder/'config.json').write_text("""{
+  "backbone": "small",
+  "backbone_options": {
+    "multipliers": [
+      1,
+      2,
+      4,
+      8
+    ],
+    "width": 4
+  },
+  "num_prototypes": 24,
+  "projection_dim": 64
+}""")
+    save_file({name: tensor.contiguous() for name, tensor in stream.state_dict().items()},
+              folder/'model.safetensors')
+    files = {name: (folder/name).read_bytes() for name in ('config.json', 'model.safetensors')}
+    digests = {name: {'bytes': len(data), 'sha256': hashlib.sha256(data).hexdigest()} for name,
+               data in files.items()}
+    (folder/'checksums.json').write_text(json.dumps(digests))
+    for again in (load_stream(folder), Stream.from_pretrained(folder)):
+        assert not again.training
+        for name, tensor in stream.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
+    config = (save_stream(stream, tmp_path/'again')/'config.json').read_text()
+    assert json.loads(config) == json.loads(files['config.json'])
+
+
+def test_the_stream_goes_straight_into_evaluation(write, tmp_path):
+    weights = encoder('r21d', 'encoder_q') | {'prototypes.weight': torch.rand(6, 8)}
+    shapes = make_moving_shapes(tmp_path/'shapes', 1, 4)
+    settings = PrepareSettings(short_side=64, flow_method='farneback', flow_bound=5)
+    clips = TestClips(prepare(shapes['test'], shapes['videos'], tmp_path/'store', settings, workers=1),
+                      clip_length=8, min_frames=1)
+    numbers, features = evaluate_stream(load_released(write(weights)), 'rgb', clips, clips, size=32,
+                                        crop=None, ks=(1,), probe_epochs=2)
+    assert numbers['R@1'] == 1 and features['queries'].shape == (4, 512)
+    assert torch.isfinite(features['gallery']).all()
+
+
+def test_numpy_numbers_are_plain_values(r21d, write):
+    "Also under the name that NumPy had for them before version 2, as in the files of 2020 and 2021."
+    path = write(r21d, best_acc=np.float64(0.5), iteration=np.int64(4), last=np.float32(0.25),
+                 done=np.bool_(True))
+    assert {key: value for key, value in read_released(path).items()
+            if key != 'state_dict'} == {'epoch': 3, 'best_acc': 0.5, 'iteration': 4, 'last': 0.25,
+                                        'done': True}
+    holds(load_released(path), r21d)
+    old = pickle.dumps(np.float64(0.5), protocol=2)
+    old = old.replace(b'cnumpy._core.multiarray\n', b'cnumpy.core.multiarray\n')
+    assert b'cnumpy.core.multiarray\n' in old
+
+    class Old:
+        "Pickled as NumPy 1 did."
+        def __reduce__(self): return OLD_SCALAR, (np.dtype('f8'), np.float64(0.5).tobytes())
+    def OLD_SCALAR(): pass
+    OLD_SCALAR.__module__ = 'numpy.core.multiarray'
+    OLD_SCALAR.__qualname__ = OLD_SCALAR.__name__ = 'scalar'
+    class Pickler(pickle._Pickler):
+        def save_global(self, obj, name=None):
+            if obj is OLD_SCALAR: return self.write(b'cnumpy.core.multiarray\nscalar\n')
+            super().save_global(obj, name)
+        dispatch = {**pickle._Pickler.dispatch, type(OLD_SCALAR): save_global}
+    module = argparse.Namespace(Pickler=Pickler, dump=pickle.dump, Unpickler=pickle.Unpickler,
+                                __name__='pickle')
+    torch.save({'best_acc': Old()}, path, pickle_module=module)
+    assert read_released(path) == {'best_acc': 0.5}
+
+
+class Trap:
+    "Pretends to be a value; unpickling it would create a file."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize('old', [False, True])
+def test_code_in_a_file_is_not_run(r21d, tmp_path, old):
+    ran, path = tmp_path/'it ran', tmp_path/'trap.pth.tar'
+    for content in ({'state_dict': r21d, 'args': Trap(ran)},
+                    {'state_dict': {**r21d, 'prototypes.weight': Trap(ran)}}, Trap(ran)):
+        torch.save(content, path, _use_new_zipfile_serialization=not old)
+        torch.load(path, weights_only=False)
+        assert ran.exists(), 'the trap does not work: this test says nothing'
+        ran.unlink()
+        message = r'trap.pth.tar holds [\w.]+, which is neither a tensor nor a plain value.*not read'
+        with pytest.raises(ValueError, match=message): load_released(path)
+        assert not ran.exists()
+    path.write_bytes(pickle.dumps(Trap(ran)))
+    with pytest.raises(ValueError, match='trap.pth.tar'): load_released(path)
+    path.write_bytes(b"cos\nsystem\n(S'touch " + str(ran).replace(' ', '\\ ').encode() + b"'\ntR.")
+    with pytest.raises(ValueError, match='trap.pth.tar'): load_released(path)
+    assert not ran.exists()
+
+
+def test_objects_are_named(r21d, write):
+    for value, name in ((argparse.Namespace(lr=1), 'argparse.Namespace'), (Path('x'), r'pathlib[\w.]*'),
+                        (np.zeros(3), r'numpy[\w.]+')):
+        with pytest.raises(ValueError, match=f'file.pth.tar holds {name}, which is neither.*weights alone'):
+            load_released(write(r21d, args=value))
+
+
+@pytest.mark.parametrize('content,message', [
+    (b'', "not a PyTorch checkpoint"), (b'weights of ViCC, see below\n', "begins with b'weights of ViCC"),
+                                             (b'<!DOCTYPE html><html>', 'web page'),
+    (b'PK\x03\x04' + bytes(1000), 'damaged'), (b'\x80\x02}q\x00.', 'damaged'),
+                                             (b'\x89PNG\r\n', 'not a PyTorch checkpoint')])
+def test_other_files(content, message, tmp_path):
+    (tmp_path/'notes.pth.tar').write_bytes(content)
+    with pytest.raises(ValueError, match=f'notes.pth.tar.*{message}'): load_released(tmp_path/'notes.pth.tar')
+
+
+@pytest.mark.parametrize('old', [False, True])
+@pytest.mark.parametrize('share', [0.001, 0.5, 0.999])
+def test_half_a_download(r21d, tmp_path, share, old):
+    path = tmp_path/'half.pth.tar'
+    torch.save({'state_dict': {name: tensor for name, tensor in r21d.items() if '.0.conv5' not in name}},
+               path, _use_new_zipfile_serialization=not old)
+    path.write_bytes(path.read_bytes()[:int(share*path.stat().st_size)])
+    with pytest.raises(ValueError, match='half.pth.tar is damaged.*Download it again'): load_released(path)
+
+
+def test_not_a_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match='gone.pth.tar does not exist'):
+        load_released(tmp_path/'gone.pth.tar')
+    with pytest.raises(ValueError, match='is a folder.*load_stream'): load_released(tmp_path)
+
+
+def test_checkpoint_of_another_backbone(r21d, write):
+    with pytest.raises(ValueError, match='file.pth.tar: encoder_q is the network r21d, not s3d'):
+        load_released(write(r21d), backbone='s3d')
+    resnet = {f'encoder_q.0.layer{n}.conv1.weight': torch.zeros(1) for n in range(30)}
+    with pytest.raises(ValueError, match='encoder_q does not fit .*Missing key.*backbone'):
+        load_released(write(resnet))
+    assert load_released(write(r21d), backbone='r21d')
+
+
+def test_missing_extra_and_misshapen_keys(r21d, write):
+    def refused(state, message):
+        with pytest.raises(ValueError, match=message): load_released(write(state))
+    lack = {name: tensor for name, tensor in r21d.items() if '.bn1.' not in name}
+    refused(lack, 'file.pth.tar: encoder_q does not fit r21d .*Missing key.*"backbone.bn1.weight", ')
+    refused({name: t for name, t in r21d.items() if name != 'encoder_q.4.bias'},
+            'Missing key.*: "head.2.bias"')
+    refused({name: t for name, t in r21d.items() if not name.startswith('encoder_q.2.')},
+            'Missing key.*: "head.0.weight", "head.0.bias"')
+    refused({**r21d, 'encoder_q.0.fc.weight': torch.zeros(1)}, 'Unexpected key.*: "backbone.fc.weight"')
+    refused({**r21d, 'encoder_q.3.weight': torch.zeros(1)}, 'Unexpected key.*: "3.weight"')
+    refused({**r21d, 'final_fc.weight': torch.zeros(1)},
+            '1 tensors that no file of ViCC or CoCLR has: final_fc.weight')
+    refused({**r21d, 'encoder_q': torch.zeros(1)}, 'no file of ViCC or CoCLR has: encoder_q')
+    refused({f'backbone.{name}': tensor for name, tensor in r21d.items()},
+            'no encoder of ViCC or CoCLR.*there are backbone.encoder_q.0')
+    refused({**r21d, 'encoder_q.0.conv1.spatial_conv.weight': torch.zeros(83, 2, 1, 7, 7)},
+            r'size mismatch for backbone.conv1.spatial_conv.weight.*\[83, 2, 1, 7, 7\].*\[83, 3, 1, 7, 7\]')
+    refused({**r21d, 'encoder_q.2.weight': torch.zeros(())}, 'size mismatch for head.0.weight')
+    refused({**r21d, 'prototypes.weight': torch.zeros(6, 9)},
+            r'size mismatch for prototypes.weight.*\[6, 9\].*\[6, 8\]')
+    refused({**r21d, 'prototypes.weight': torch.zeros(())}, 'size mismatch for prototypes.weight')
+    refused({**r21d, 'encoder_q.2.bias': torch.full((512,), torch.nan)},
+            'infinite or not numbers: head.0.bias')
+    refused({**r21d, 'prototypes.weight': torch.full((6, 8), torch.inf)},
+            'infinite or not numbers: prototypes.weight')
+
+
+def test_a_second_name_may_miss_but_not_both(write):
+    state = light(KEYS['checkpoints']['single'])
+    def load(keep):
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith('encoder_q.0.')
+                or keep(name[12:])}
+        return type(load_released(write(kept)).backbone).__name__
+    assert load(lambda name: not name.startswith('block')) == 'S3D'
+    assert load(lambda name: name.startswith('block')) == 'S3D'
+    missing = '"backbone.block1.0.conv1.weight", "backbone.block1.0.conv2.weight"'
+    with pytest.raises(ValueError, match=f'Missing key.*: {missing}'):
+        load(lambda name: not (name.startswith(('block1', 'Conv_1a')) and 'conv' in name))
+
+
+def test_nothing_in_it(write, tmp_path):
+    with pytest.raises(ValueError, match="'state_dict' is empty"): load_released(write({}))
+    for content in ({}, {'epoch': 3}, {'state_dict': None}, {'state_dict': torch.zeros(2)}, [1, 2],
+                    torch.zeros(3)):
+        torch.save(content, tmp_path/'odd.pth.tar')
+        with pytest.raises(ValueError, match='odd.pth.tar'): load_released(tmp_path/'odd.pth.tar')
+
+
+def test_wrong_wishes(r21d, write):
+    path = write(r21d)
+    with pytest.raises(ValueError, match="holds no rgb stream: give stream='optimised'$"):
+        load_released(path, stream='rgb')
+    with pytest.raises(ValueError, match="holds no frozen stream: give stream='optimised'$"):
+        load_released(path, stream='frozen')
+    with pytest.raises(ValueError, match=r'size mismatch for prototypes.weight.*\[6, 8\].*\[300, 8\]'):
+        load_released(path, num_prototypes=300)
+
+
+def test_export_refuses_what_the_released_code_cannot_read(tmp_path):
+    small, other = Stream('small', 4, 8), Stream('s3d', 4, 8)
+    wide, narrow = Stream('r21d', 4, 8), Stream('r21d', 4, 6)
+    path = tmp_path/'file.pth.tar'
+    with pytest.raises(ValueError, match='no SmallBackbone: export streams of s3d, s3dg, r21d'):
+        export_released(small, path)
+    with pytest.raises(ValueError, match='not R21D and R21D with projections of 8 and 6'):
+        export_released(wide, path, narrow)
+    with pytest.raises(ValueError, match='not R21D and S3D'): export_released(wide, path, other)
+    with pytest.raises(FileNotFoundError, match='folder .*gone does not exist'):
+        export_released(wide, tmp_path/'gone'/'file.pth.tar')
+    with pytest.raises(ValueError, match='is a folder'): export_released(wide, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    stream, path = Stream('r21d', 4, 8), tmp_path/'file.pth.tar'
+    path.write_text('before')
+    def fails(content, file):
+        Path(file).write_text('half')
+        raise OSError('disk full')
+    monkeypatch.setattr(torch, 'save', fails)
+    with pytest.raises(OSError, match='disk full'): export_released(stream, path)
+    assert [file.name for file in tmp_path.iterdir()] == ['file.pth.tar'] and path.read_text() == 'before'
+
+
+def test_export_of_other_memory_layouts(tmp_path):
+    stream = Stream('r21d', 4, 8).to(memory_format=torch.channels_last_3d)
+    state = torch.load(export_released(stream, tmp_path/'file.pth.tar'), weights_only=True)['state_dict']
+    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in state.values())
+    holds(stream, state)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize('zipped', [True, False])
+def test_a_name_of_many_letters_is_refused_at_once(tmp_path, zipped):
+    "PyTorch's search through such a name takes minutes."
+    path, code = tmp_path/'file.pth.tar', b'\x80\x02c' + b'a'*400_000 + b'\nb\n.'
+    if zipped:
+        with zipfile.ZipFile(path, 'w') as archive: archive.writestr('archive/data.pkl', code)
+    else: path.write_bytes(code)
+    with pytest.raises(ValueError, match='is damaged'): read_released(path)

@@ -1,0 +1,26 @@
+"The table of moving shapes that lies in data_manifests belongs to the videos that the library draws."
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from vicc.manifests import read_manifest
+from vicc.synthetic import CLASSES, ShapesSettings, draw_scene, make_moving_shapes, render
+from vicc.video import probe
+
+TABLE = Path(__file__).parents[2]/'data_manifests'/'moving_shapes.csv'
+
+def test_table_belongs_to_the_drawn_videos(tmp_path):
+    table = read_manifest(TABLE, num_classes=8)
+    assert table.video.str.contains('/train_').sum() == 800 and table.video.str.contains('/test_').sum() == 200
+    made = make_moving_shapes(tmp_path, 16, 8)
+    rows = pd.concat([read_manifest(made['train']), read_manifest(made['test'])], ignore_index=True)
+    pd.testing.assert_frame_equal(rows, table[table.video.isin(rows.video)].reset_index(drop=True))
+    info = probe(made['videos']/rows.video[0], count=True)
+    assert (info.num_frames, info.width, info.height) == tuple(rows.loc[0, ['num_frames', 'width', 'height']])
+
+def test_other_frame_sizes_and_drift():
+    settings = ShapesSettings(num_frames=8, height=32, width=48, drift=0.02)
+    for name in CLASSES:
+        frames = render(draw_scene(name, np.random.default_rng(0), settings))
+        assert frames.shape == (8, 32, 48, 3) and frames.std() > 5

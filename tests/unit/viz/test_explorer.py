@@ -1,0 +1,178 @@
+"vicc.viz.explorer: clips that play, names that stay names, a page without network; run_prototypes from saved streams."
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vicc.viz.explorer import (
+    Clip, Entry, class_entries, clip_bytes, entry_html, explorer_page, folded_html, prototype_entries,
+    query_entries,
+)
+
+ROOT = Path(__file__).parents[3]
+EVIL = '</script><script>alert(1)</script>"><img src=x onerror=alert(2)> \'&amp; $title ${style} ‮'
+NAMES = ['kick', 'hug']
+
+class Tags(HTMLParser):
+    "All tags of a text with their attributes, as a browser finds them."
+    def __init__(self, text: str):
+        super().__init__()
+        self.found, self.words = [], []
+        self.feed(text)
+    def handle_starttag(self, tag, attrs): self.found.append((tag, dict(attrs)))
+    def handle_data(self, data): self.words.append(data)
+
+def frames(value: int = 0, num_frames: int = 8, height: int = 24, width: int = 32) -> np.ndarray:
+    "A white block that moves to the right on a grey ground."
+    clip = np.full((num_frames, height, width, 3), value, np.uint8)
+    for t in range(num_frames): clip[t, 8:16, 2*t:2*t + 8] = 255
+    return clip
+
+def decoded(film: bytes) -> np.ndarray:
+    "All frames of a moving picture."
+    picture, found = Image.open(io.BytesIO(film)), []
+    for number in range(picture.n_frames):
+        picture.seek(number)
+        found.append(np.asarray(picture.convert('RGB')))
+    return np.stack(found)
+
+def clip_of(number: int) -> Clip:
+    "A clip whose bytes tell its number."
+    return Clip(clip_bytes(frames(10*number)), f'videos/{number}.mp4', NAMES[number % 2])
+
+def evil_clip(number: int) -> Clip:
+    "A clip with names that are a program."
+    return Clip(clip_bytes(frames()), EVIL, EVIL)
+
+def some_entries() -> list[Entry]:
+    "Two prototypes, two classes and a query of six videos."
+    assignments, labels = np.array([[.9, .1], [.2, .8], [.8, .2], [.3, .7], [.6, .4], [.4, .6]]), np.array([0,
+            1, 0, 1, 0, 1])
+    return [*prototype_entries('rgb-1', assignments, labels, NAMES, 2),
+            *class_entries('rgb-1', assignments, labels, NAMES, 2),
+            *query_entries('rgb-1', [5], [[3, 0]], [[.9, .1]], [f'videos/{i}.mp4' for i in range(6)], labels,
+                           NAMES)]
+
+@pytest.mark.parametrize('size', [(24, 32), (25, 33), (150, 40)])
+@pytest.mark.parametrize('flow', [False, True])
+def test_clip_bytes_decode_again(size, flow):
+    clip = frames(60, 8, *size)
+    film = clip_bytes(clip, 255 - clip if flow else None, quality=90)
+    shown = decoded(film)
+    scale = min(1, 96/max(size))
+    height, width = round(size[0]*scale), round(size[1]*scale)
+    assert shown.shape == (8, height, width*(1 + flow) + 2*flow, 3)
+    if scale == 1:
+        assert np.abs(shown[:, :, :width].astype(int) - clip).mean() < 12
+        if flow: assert np.abs(shown[:, :, width + 2:].astype(int) - (255 - clip)).mean() < 12
+    assert Image.open(io.BytesIO(film)).info['loop'] == 0
+
+def test_long_clips_are_thinned_and_short_ones_kept():
+    assert len(decoded(clip_bytes(frames(num_frames=12), shown=6))) == 6
+    assert len(decoded(clip_bytes(frames(num_frames=2)))) == 2
+    assert len(decoded(clip_bytes(frames(num_frames=1)))) == 1
+
+@pytest.mark.parametrize('wrong',
+                         [np.zeros((3, 8, 8)), np.zeros((3, 8, 8, 2), np.uint8),
+                          np.zeros((0, 8, 8, 3), np.uint8)], ids=['float', 'two channels', 'empty'])
+def test_wrong_frames_are_refused(wrong):
+    with pytest.raises(ValueError, match='frames'): clip_bytes(wrong)
+
+def test_names_are_escaped_everywhere():
+    entry = Entry(EVIL, EVIL, EVIL, (0,), (EVIL,))
+    page = explorer_page([entry], evil_clip, [EVIL], EVIL, EVIL)
+    for text in (entry_html(entry, evil_clip, [EVIL]), folded_html([entry], evil_clip, [EVIL]), page):
+        tags = Tags(text)
+        assert EVIL in ''.join(tags.words)  # the reader sees the name as it is
+        assert not [attributes for _, attributes in tags.found
+                    if any(name.startswith('on') and name != 'onsubmit' for name in attributes)]
+        assert all(attributes.get('src', 'data:').startswith('data:image/webp;base64,')
+                   or 'src' not in attributes for _, attributes in tags.found)
+    assert [tag for tag, _ in Tags(page).found].count('script') == 2  # the clips and ours
+
+def test_page_is_self_contained():
+    page = explorer_page(some_entries(), clip_of, NAMES, 'Title', 'About')
+    assert not re.search(r'https?:|@import|url\(|fetch\(|XMLHttpRequest|<link|<iframe', page)
+    assert "default-src 'none'" in page
+    tags = Tags(page).found
+    # pictures get their bytes from the script
+    assert not [attributes for _, attributes in tags if {'src', 'href'} & set(attributes)]
+    films = json.loads(page.split('id="clips">')[1].split('</script>')[0])
+    wanted = {attributes['data-clip'] for tag, attributes in tags if tag == 'img'}
+    assert set(films) == wanted
+    for number, film in films.items(): assert base64.b64decode(film) == clip_of(int(number)).webp
+    targets = {attributes['value'] for tag, attributes in tags if tag == 'option'}
+    identities = [attributes['id'] for _, attributes in tags if 'id' in attributes]
+    assert targets <= set(identities) and len(identities) == len(set(identities))
+
+def test_folded_lists_need_no_script():
+    text = folded_html(some_entries(), clip_of, NAMES)
+    tags = Tags(text).found
+    assert {tag for tag, _ in tags} == {'p', 'b', 'details', 'summary', 'table', 'tr', 'td', 'img', 'br',
+                                        'small'}
+    assert sum('open' in attributes for _, attributes in tags) == 3  # the first prototype, class and query
+
+def test_without_labels_nothing_is_said_about_classes():
+    assignments, nobody = np.array([[.9, .1], [.2, .8]]), ['no label']
+    entries = [*prototype_entries('rgb', assignments, [0, 0], nobody),
+               *query_entries('rgb', [0], [[1]], [[.5]], ['a', 'b'], [0, 0], nobody)]
+    assert not [words for entry in entries for words in (entry.title, entry.note, *entry.words)
+                if 'class' in words or 'label' in words]
+
+def test_nothing_to_explore_is_refused():
+    for render in (explorer_page, folded_html):
+        with pytest.raises(ValueError, match='at least one entry'): render([], clip_of, NAMES)
+    with pytest.raises(ValueError): entry_html(Entry('a', 'b', 'c', (0, 1), ('one word',)), clip_of, NAMES)
+
+def test_page_in_a_browser(tmp_path):
+    "The page's own script shows the chosen clips, and no name of a stranger runs."
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if chromium is None: pytest.skip('there is no Chromium')
+    evil = Entry('evil', '<img src=x onerror="document.title=1">', EVIL, (0,), ('word',))
+    (tmp_path/'page.html').write_text(explorer_page([*some_entries(), evil], clip_of, NAMES, 'Title'),
+                                      encoding='utf-8')
+    command = [chromium, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}/profile',
+               '--virtual-time-budget=2000', '--dump-dom', f'file://{tmp_path}/page.html#1']
+    page = subprocess.run(command, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, 'HOME': str(tmp_path)}).stdout
+    playing = {attributes['data-clip'] for tag, attributes in Tags(page).found if tag == 'img'
+               and attributes.get('src', '').startswith('data:image/webp')}
+    assert playing == {str(number) for number in some_entries()[1].clips}
+    assert '<title>Title</title>' in page
+
+@pytest.mark.timeout(300)
+def test_run_prototypes_from_saved_streams(tmp_path):
+    "A single stream, a store, and a manifest with a name of a stranger."
+    import papermill as pm
+    from helpers import DEMO
+    from vicc.alternation import new_streams
+    from vicc.prepare import prepare
+    from vicc.streams import save_stream
+    from vicc.synthetic import make_moving_shapes
+    made = make_moving_shapes(tmp_path/'shapes', 16, 8, threads=1)
+    store = prepare(made['train'], made['videos'], tmp_path/'store', DEMO.prepare_settings(), workers=0,
+                    log=lambda line: None)
+    rows = store.manifest.assign(class_name=store.manifest.class_name.replace('rotate', EVIL))
+    rows.to_csv(tmp_path/'train.csv', index=False)
+    save_stream(new_streams(DEMO)['rgb'], tmp_path/'rgb')
+    values = dict(rgb=str(tmp_path/'rgb'), recipe=str(ROOT/'nbs'/'recipes'/'demo.yaml'), store=str(store.path),
+                  manifest=str(tmp_path/'train.csv'), test_fraction=.5,
+                  output=str(tmp_path/'out'), page_prototypes=2, page_queries=2, clips_shown=3)
+    pm.execute_notebook(ROOT/'nbs'/'run_prototypes.ipynb', tmp_path/'out.ipynb', values, progress_bar=False,
+                        cwd=ROOT)
+    metrics = json.loads((tmp_path/'out'/'metrics.json').read_text())
+    assert 0 < metrics['encoders']['rgb']['purity'] <= 1 and metrics['encoders']['rgb']['K'] == 24
+    assert {path.name for path in (tmp_path/'out'/'pictures').glob('*.png')} == {'assignments-rgb.png',
+            'tsne-rgb.png', 'montage-rgb-00.png', 'neighbours-rgb.png'}
+    assert EVIL not in (tmp_path/'out'/'report.html').read_text()
+    assert not [attributes for _, attributes in Tags((tmp_path/'out'/'explorer.html').read_text()).found
+                if 'onerror' in attributes]
