@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAPER_NAMES', 'BACKBONES', 'SeparableConv', 'PointwiseConv', 'FeatureGate', 'InceptionBlock', 'Backbone',
            'he_initialise', 'accept_paper_names', 'S3D', 'FactorisedConv', 'ResidualBlock', 'R21D', 'SmallBackbone',
-           'FeatureTap', 'TorchvisionBackbone', 'register_backbone', 'list_backbones', 'create_backbone',
-           'count_parameters', 'count_multiply_adds']
+           'FeatureTap', 'TorchvisionBackbone', 'register_backbone', 'list_backbones', 'check_backbone_name',
+           'create_backbone', 'count_parameters', 'count_multiply_adds']
 
 # %% ../nbs/04_backbones.ipynb #718b39a2
 import copy
@@ -389,18 +389,25 @@ def list_backbones() -> list[str]: # names that `create_backbone` takes
     return [*BACKBONES, *(f'torchvision:{name}' for name in models.list_models(module=models.video))]
 
 # %% ../nbs/04_backbones.ipynb #dbf4ff55
+def check_backbone_name(
+    name: str,  # of a registered backbone, or of torchvision's
+) -> None:
+    "Raises ValueError for a name that nobody knows."
+    if name in BACKBONES: return
+    names = list_backbones()
+    if name in names: return
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    hint = f' (did you mean {near[0]!r}?)' if near else ''
+    raise ValueError(f'unknown backbone {name!r}{hint}; there are: {", ".join(names)}')
+
 def create_backbone(
     name: str | nn.Module, # one of `list_backbones()`; a module is returned as it is
     **options: Any, # for that network, e.g. width=16 for 'small', weights='DEFAULT' for 'torchvision:…'
 ) -> nn.Module: # num_features, forward(clips) [B, F]; a Backbone's forward_features(clips) [B, F, t, h, w]
     "Build a backbone by name. Raises ValueError for an unknown name (with the nearest one) or option."
     if isinstance(name, nn.Module): return name
-    if name not in BACKBONES:
-        names = list_backbones()
-        if name in names: return TorchvisionBackbone(name.removeprefix('torchvision:'), **options)
-        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-        hint = f' (did you mean {near[0]!r}?)' if near else ''
-        raise ValueError(f'unknown backbone {name!r}{hint}; there are: {", ".join(names)}')
+    check_backbone_name(name)
+    if name not in BACKBONES: return TorchvisionBackbone(name.removeprefix('torchvision:'), **options)
     known = inspect.signature(BACKBONES[name]).parameters
     unknown = sorted(set(options) - set(known))
     if unknown and not any(option.kind is option.VAR_KEYWORD for option in known.values()):

@@ -19,6 +19,7 @@ import pandas as pd
 from pydantic import BaseModel, Field, field_validator, model_validator, ValidationError
 
 from .augment import ViewSettings
+from .backbones import check_backbone_name
 from .data import TestClips
 from .engine.io import find_project, load_yaml, read_yaml, short_repr, write_text, yaml_text
 from .prepare import PrepareSettings, Store, STREAMS
@@ -139,6 +140,13 @@ class Recipe(BaseModel, frozen=True, extra='forbid', allow_inf_nan=False):
         if kind in (int, float) and isinstance(value, bool): raise ValueError('must be a number')
         if isinstance(value, int) and abs(value) > 10**15: raise ValueError('must be at most 10¹⁵')
         return load_yaml(value, info.field_name) if kind is dict and isinstance(value, str) else value
+
+    @field_validator('backbone')
+    @classmethod
+    def _known_backbone(cls, name: str) -> str:
+        "Refuse a name before any work; register your own backbone first."
+        check_backbone_name(name)
+        return name
 
     @model_validator(mode='after')
     def _fits_together(self) -> 'Recipe':
