@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 # %% ../nbs/04_backbones.ipynb #58a3ebbd
 class SeparableConv(nn.Module):
     "A convolution in space, then one in time, each with batch norm and ReLU (Xie et al. 2018)."
-    norm_after = {'conv1': 'bn1', 'conv2': 'bn2'}  # which batch norm follows a convolution, for vicc.fast
+    norm_after = {'conv1': 'bn1', 'conv2': 'bn2'}  # batch norm after each convolution, for vicc.fast.layers
     def __init__(
         self,
         in_channels: int, # channels of the input
@@ -392,7 +392,7 @@ def list_backbones() -> list[str]: # names that `create_backbone` takes
 def check_backbone_name(
     name: str,  # of a registered backbone, or of torchvision's
 ) -> None:
-    "Raises ValueError for a name that nobody knows."
+    "Check that there is a backbone of this name. Raises ValueError, with the nearest name and all others."
     if name in BACKBONES: return
     names = list_backbones()
     if name in names: return

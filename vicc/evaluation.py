@@ -411,7 +411,7 @@ def evaluate_stream(
     device: str | torch.device = 'cpu',  # where to compute
     probe_epochs: int = 100,  # of the linear probe
     cache: str | os.PathLike | None = None,  # folder for features; None: keep none
-    **options: Any,  # batch_size, workers, flow_as_image: see vicc.evaluation.extract_features
+    **options: Any,  # batch_size, workers, flow_as_image: see extract_features
 ) -> tuple[dict[str, float], dict[str, Tensor]]:  # 'R@1', …, 'linear probe' (0–1); features of both sets
     "Retrieval and linear probe of one stream. Raises ValueError for clips that do not fit."
     sets = {'gallery': gallery, 'queries': queries}
@@ -437,7 +437,7 @@ def video_assignments(
     epsilon: float = 0.05,  # of Sinkhorn
     device: str | torch.device = 'cpu',  # where to compute
     cache: str | os.PathLike | None = None,  # folder for projections; None: keep none
-    **options: Any,  # batch_size, workers, flow_as_image: see vicc.evaluation.extract_features
+    **options: Any,  # batch_size, workers, flow_as_image: see extract_features
 ) -> Tensor:  # [videos, K] float32 on the CPU; rows sum to 1
     "Assign videos to the prototypes of their stream by Sinkhorn."
     projections = cached_features(stream, clips, cache, size, crop, 'embed', device=device, **options)

@@ -42,7 +42,7 @@ from .manifests import check_manifest, read_manifest, read_rows, require_videos,
 from .video import decoded_frames, probe, read_frames, to_rgb, VideoError, VideoWriter
 
 # %% ../nbs/datasets/prepare.ipynb #e58a7ad5
-STORE_METHODS = tuple(name for name in METHODS if name != 'raft')  # RAFT needs weights: no setting
+STORE_METHODS = tuple(METHODS)
 PRESETS = ('ultrafast', 'superfast', 'veryfast', 'faster', 'fast', 'medium', 'slow', 'slower', 'veryslow')
 STREAMS = ('rgb', 'flow')
 

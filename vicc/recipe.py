@@ -66,7 +66,7 @@ class Recipe(BaseModel, frozen=True, extra='forbid', allow_inf_nan=False):
     short_side: int = Field(240, ge=16, le=2**13)  # shorter side of the stored frames, pixels
     flow_method: str = 'tvl1'  # tvl1, farneback or dis
     flow_bound: float = Field(20., gt=0)  # flow is clipped to ± this, pixels a frame
-    video_preset: str = 'veryfast'  # effort of the video encoder; that of old recipes, without this key
+    video_preset: str = 'veryfast'  # x264's effort; recipes without this key mean this
     # Clips and views
     clip_length: int = Field(32, ge=1, le=10**4)  # T, frames
     clip_stride: int = Field(1, ge=1, le=10**4)  # frames from one to the next

@@ -553,7 +553,7 @@ def is_collapsed(
     if 'prototypes_in_use' not in row: return False
     count = row['num_prototypes']
     uninformative_loss = abs(row['loss'] - row['ln_k']) < .01*row['ln_k'] and row['agreement'] < 2/count
-    uniform_targets = row.get('target_entropy', 0) > .99*row['ln_k']  # 0: a row of an older version
+    uniform_targets = row.get('target_entropy', 0) > .99*row['ln_k']  # 0: a row without it
     return row['prototypes_in_use'] <= (2 if count > 4 else 1) or uninformative_loss or uniform_targets
 
 def stop_on_collapse(

@@ -291,7 +291,7 @@ def read_with_decord(
         if wanted is None: wanted = np.arange(len(video))
         check_indices(path, wanted, len(video))
         frames = video.get_batch(wanted).asnumpy()
-    except (decord.DECORDError, RuntimeError):  # not for decord; PyAV says what is wrong, or can read it
+    except (decord.DECORDError, RuntimeError, IndexError):  # PyAV says what is wrong, or can read it
         return None
     return frames if frames.shape[-1] == 3 else None  # decord garbles videos that must be turned
 

@@ -44,7 +44,8 @@ def start(command: list[str], output: Path) -> subprocess.Popen:
 
 def steps_seen(output: Path) -> int:
     "How many checkpoints and finished stages there are: grows with every step."
-    steps = [int(path.name[5:]) for path in output.glob('stages/*/checkpoints/step-*') if rank_files(path)]
+    try: steps = [int(path.name[5:]) for path in output.glob('stages/*/checkpoints/step-*') if rank_files(path)]
+    except FileNotFoundError: return steps_seen(output)  # the training has just removed one
     return 1000*len(list(output.glob('stages/0*/stream'))) + max(steps, default=0)
 
 def kill_at(process: subprocess.Popen, done: Callable[[], int], goal: int, rest: float, patience: float = 120) -> bool:

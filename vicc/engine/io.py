@@ -80,8 +80,9 @@ def disk_errors(
     except Exception as error:
         number = disk_errno(error)
         if number is None: raise
+        cure = 'make it writable' if number in (errno.EACCES, errno.EPERM, errno.EROFS) else 'make room'
         raise StorageError(number, f'{path} cannot be written ({os.strerror(number)}): choose another folder, '
-                                   f'or make room, {AGAIN}') from error
+                                   f'or {cure}, {AGAIN}') from error
 
 def missing_folder(
     what: str,  # what is missing, and since when: the first half of a sentence
