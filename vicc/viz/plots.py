@@ -506,6 +506,7 @@ def _rows_height(num_rows: int) -> float:
 def _heat_map(ax: Axes, shares: np.ndarray, names: Sequence[str], title: str, **options: Any) -> AxesImage:
     "Shares in percent as colours, with the names of the rows."
     image = ax.imshow(shares, vmin=0, interpolation='nearest', **options)
+    ax.grid(False)
     image.cmap = image.cmap.with_extremes(bad='0.85')  # a class without videos
     size = 8 if len(names) <= 30 else 7
     ax.set_yticks(range(len(names)), [truncate(name) for name in names], fontsize=size)
