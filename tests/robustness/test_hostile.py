@@ -117,7 +117,7 @@ def test_released_files_that_grow(tmp_path):
     with pytest.raises(ValueError, match='wide.pth.tar: not a tensor of numbers'): load_released(tmp_path/'wide.pth.tar')
     for name in ('module.'*1000 + 'x', 'y'*10**6):
         torch.save({'state_dict': {name: torch.zeros(1)}}, tmp_path/'long.pth.tar')
-        with pytest.raises(ValueError, match='long.pth.tar is damaged') as caught: load_released(tmp_path/'long.pth.tar')
+        with pytest.raises(ValueError, match='long.pth.tar (is damaged|holds no encoder)') as caught: load_released(tmp_path/'long.pth.tar')
         assert len(str(caught.value)) < 1000
 
 # Checkpoints with checksums that are right
