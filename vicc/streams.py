@@ -204,9 +204,9 @@ def read_released(
         if start[:2] == b'PK':
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
-                for entry in archive.infolist():
-                    if unpacked <= 2*size and entry.filename.endswith('data.pkl'):
-                        with archive.open(entry) as pickled: _check_names(pickled)
+                pickles = [name for name in archive.namelist() if name.endswith('data.pkl')]
+                for name in pickles if unpacked <= 2*size else []:
+                    with archive.open(name) as pickled: _check_names(pickled)
         else:
             with path.open('rb') as pickled:
                 for _ in range(4): _check_names(pickled)  # magic number, version, machine, the checkpoint

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import vicc
 from vicc.streams import Stream, save_stream
 from vicc.video import write_video
 
@@ -55,6 +56,13 @@ def untyped(function) -> list[str]:
 @pytest.mark.parametrize('name', [module.name for module in pkgutil.walk_packages([str(ROOT/'vicc')], 'vicc.') if not (module.ispkg or module.name.startswith('vicc._'))])
 def test_help_of_every_public_name(name):
     assert undocumented(importlib.import_module(name)) == []
+
+def test_names_and_version_of_the_package():
+    config = ConfigParser(delimiters=['='])
+    config.read(ROOT/'settings.ini', encoding='utf-8')
+    assert vicc.__version__ == config['DEFAULT']['version']
+    assert all(getattr(vicc, name) is not None for name in vicc.__all__) and set(vicc.__all__) <= set(dir(vicc))
+    with pytest.raises(AttributeError, match="no attribute 'unheard_of'"): vicc.unheard_of
 
 def test_types_are_there_for_users():
     assert (ROOT/'vicc'/'py.typed').is_file()
