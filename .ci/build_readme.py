@@ -13,6 +13,6 @@ def readme_text() -> str:
     notebook.cells = [cell for cell in notebook.cells if cell.source.split('\n')[0] != '#| hide']
     text, _ = MarkdownExporter(exclude_input=True).from_notebook_node(notebook)
     text = re.sub(r'\]\((results/|(?:\w+/)?\w+\.ipynb)', r'](nbs/\1', text)
-    return text.strip() + '\n'
+    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 if __name__ == '__main__': (ROOT/'README.md').write_text(readme_text(), encoding='utf-8')

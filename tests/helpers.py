@@ -38,13 +38,13 @@ def golden_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
 class Unplugged(Exception): pass
 
 def unplug(frames: Any, stop_at: int) -> None:
-    "Make a data set's frames fail at the read of this number, as if someone had pulled the plug."
-    read, seen = frames.read, []
+    "Make a data set's frames fail when a video is read for the time of this number, as if someone had pulled the plug."
+    clips, seen = frames.clips, []
     def fails(*arguments: Any) -> Any:
         seen.append(1)
         if len(seen) == stop_at: raise Unplugged
-        return read(*arguments)
-    frames.read = fails
+        return clips(*arguments)
+    frames.clips = fails
 
 def assert_same(one: tuple, two: tuple) -> None:
     "Two trainings, each its weights by name and its history, are the same to the last bit."

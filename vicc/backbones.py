@@ -6,12 +6,10 @@
 __all__ = ['PAPER_NAMES', 'BACKBONES', 'SeparableConv', 'PointwiseConv', 'FeatureGate', 'InceptionBlock', 'Backbone',
            'he_initialise', 'accept_paper_names', 'S3D', 'FactorisedConv', 'ResidualBlock', 'R21D', 'SmallBackbone',
            'FeatureTap', 'TorchvisionBackbone', 'register_backbone', 'list_backbones', 'check_backbone_name',
-           'create_backbone', 'count_parameters', 'count_multiply_adds']
+           'create_backbone']
 
 # %% ../nbs/04_backbones.ipynb #718b39a2
-import copy
 import difflib
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,14 +18,12 @@ from typing import Any
 import torch
 from torch import nn, Tensor
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/04_backbones.ipynb #58a3ebbd
 class SeparableConv(nn.Module):
     "A convolution in space, then one in time, each with batch norm and ReLU (Xie et al. 2018)."
     norm_after = {'conv1': 'bn1', 'conv2': 'bn2'}  # batch norm after each convolution, for vicc.fast.layers
-    def __init__(
-        self,
+    def __init__(self,
         in_channels: int, # channels of the input
         out_channels: int, # channels of the output, and between the two convolutions
         kernel_size: int = 3, # height and width of the spatial kernel, pixels
@@ -47,15 +43,11 @@ class SeparableConv(nn.Module):
         x = functional.relu(self.bn1(self.conv1(x)), inplace=True)
         return functional.relu(self.bn2(self.conv2(x)), inplace=True)
 
-# %% ../nbs/04_backbones.ipynb #4dca72f2
+# %% ../nbs/04_backbones.ipynb #4f7fed58
 class PointwiseConv(nn.Module):
     "A 1×1×1 convolution with batch norm and ReLU: mixes channels, cell by cell."
     norm_after = {'conv': 'bn'}
-    def __init__(
-        self,
-        in_channels: int, # channels of the input
-        out_channels: int, # channels of the output
-    ):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, 1, bias=False)
         self.bn = nn.BatchNorm3d(out_channels)
@@ -63,13 +55,9 @@ class PointwiseConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(self.bn(self.conv(x)), inplace=True)
 
-# %% ../nbs/04_backbones.ipynb #30aa8808
 class FeatureGate(nn.Module):
     "Scale each channel by a number in (0, 1) that depends on the whole clip (Xie et al. 2018)."
-    def __init__(
-        self,
-        channels: int, # channels of input and output
-    ):
+    def __init__(self, channels: int):
         super().__init__()
         self.fc = nn.Linear(channels, channels)
 
@@ -77,11 +65,10 @@ class FeatureGate(nn.Module):
         gate = torch.sigmoid(self.fc(x.mean((2, 3, 4))))
         return x * gate[:, :, None, None, None]
 
-# %% ../nbs/04_backbones.ipynb #57638b28
+# %% ../nbs/04_backbones.ipynb #4dca72f2
 class InceptionBlock(nn.Module):
     "Four parallel branches, concatenated: [B, C, T, H, W] to [B, w0 + w2 + w4 + w5, T, H, W]."
-    def __init__(
-        self,
+    def __init__(self,
         in_channels: int, # channels of the input
         widths: Sequence[int], # six: branch 0; branch 1 inside, out; branch 2 inside, out; branch 3
         gating: bool = False, # a FeatureGate after each branch (S3D-G)
@@ -92,11 +79,10 @@ class InceptionBlock(nn.Module):
         self.branch1 = nn.Sequential(PointwiseConv(in_channels, w1), SeparableConv(w1, w2))
         self.branch2 = nn.Sequential(PointwiseConv(in_channels, w3), SeparableConv(w3, w4))
         self.branch3 = nn.Sequential(nn.MaxPool3d(3, stride=1, padding=1), PointwiseConv(in_channels, w5))
-        self.out_channels = w0 + w2 + w4 + w5
+        self.out_channels, self.gating = w0 + w2 + w4 + w5, gating
         if gating:
             self.gating_b0, self.gating_b1 = FeatureGate(w0), FeatureGate(w2)
             self.gating_b2, self.gating_b3 = FeatureGate(w4), FeatureGate(w5)
-        self.gating = gating
 
     def forward(self, x: Tensor) -> Tensor:
         branches = [self.branch0(x), self.branch1(x), self.branch2(x), self.branch3(x)]
@@ -105,60 +91,40 @@ class InceptionBlock(nn.Module):
             branches = [gate(branch) for gate, branch in zip(gates, branches)]
         return torch.cat(branches, dim=1)
 
-# %% ../nbs/04_backbones.ipynb #2111a071
-def _check_input(
-    clips: Tensor, # what a user hands to a backbone
-    minimum_clip: Sequence[int], # least T, H, W the network can take
-    name: str, # of the network, for the message
-) -> None:
-    "Raise ValueError for anything but float [B, 3, T, H, W] of at least `minimum_clip`."
-    if clips.ndim != 5 or clips.shape[1] != 3:
-        raise ValueError(f'{name} takes clips [B, 3, T, H, W], not a tensor of shape {list(clips.shape)}; '
-                         'flow clips get their third channel in vicc.augment')
-    if not clips.is_floating_point():
-        raise ValueError(f'{name} takes normalised float clips, not {clips.dtype}: '
-                         'turn raw clips into views first (vicc.augment)')
-    if any(size < least for size, least in zip(clips.shape[2:], minimum_clip)):
-        given, least = ('×'.join(map(str, sizes)) for sizes in (clips.shape[2:], minimum_clip))
-        raise ValueError(f'{name} needs clips of at least {least} (frames × height × width), not {given}: '
-                         "take longer or larger clips, or the backbone 'small'")
-
-# %% ../nbs/04_backbones.ipynb #4f7b7234
+# %% ../nbs/04_backbones.ipynb #30aa8808
 class Backbone(nn.Module):
     "The children of the module in a chain, then a global average pool."
     num_features: int = 0 # F, length of the feature vector
     minimum_clip: tuple[int, int, int] = (1, 1, 1) # least frames, height, width
 
-    def forward_features(
-        self,
+    def forward_features(self,
         clips: Tensor, # float [B, 3, T, H, W], normalised
     ) -> Tensor: # [B, F, t, h, w]
-        "The map before the pool. Raises ValueError for clips of the wrong shape, type or size."
-        _check_input(clips, self.minimum_clip, type(self).__name__)
+        "The map before the pool."
         for stage in self.children(): clips = stage(clips)
         return clips
 
-    def forward(
-        self,
+    def forward(self,
         clips: Tensor, # float [B, 3, T, H, W], normalised
     ) -> Tensor: # [B, F]
-        "Features of each clip: the mean of the map over time and space."
+        "Features of each clip: the mean of the map. Raises ValueError for clips that are too small."
+        sizes = tuple(clips.shape[2:])
+        if any(size < least for size, least in zip(sizes, self.minimum_clip)):
+            raise ValueError(f'{type(self).__name__} needs clips of at least {self.minimum_clip} (frames, '
+                             f"height, width), not {sizes}: take larger clips, or the backbone 'small'")
         return self.forward_features(clips).mean((2, 3, 4))
 
-# %% ../nbs/04_backbones.ipynb #e280f632
 def he_initialise(
     module: nn.Module, # its Conv3d weights, and the Linear layers of its gates, are redrawn in place
-    generator: torch.Generator | None = None, # source of the random numbers; None: PyTorch's global one
 ) -> None:
     "He's normal initialisation for convolutions (He et al. 2015, equation 10); gates start half open."
     for layer in module.modules():
-        if isinstance(layer, nn.Conv3d):
-            nn.init.kaiming_normal_(layer.weight, mode='fan_in', nonlinearity='relu', generator=generator)
+        if isinstance(layer, nn.Conv3d): nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
         elif isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=0.01, generator=generator)
+            nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
 
-# %% ../nbs/04_backbones.ipynb #1f09a068
+# %% ../nbs/04_backbones.ipynb #e461e4cf
 _INCEPTION_WIDTHS = {
     'block3': {'Mixed_3b': (64, 96, 128, 16, 32, 32), 'Mixed_3c': (128, 128, 192, 32, 96, 64)},
     'block4': {'Mixed_4b': (192, 96, 208, 16, 48, 64), 'Mixed_4c': (160, 112, 224, 24, 64, 64),
@@ -166,8 +132,6 @@ _INCEPTION_WIDTHS = {
                'Mixed_4f': (256, 160, 320, 32, 128, 128)},
     'block5': {'Mixed_5b': (256, 160, 320, 32, 128, 128), 'Mixed_5c': (384, 192, 384, 48, 128, 128)},
 }
-
-# %% ../nbs/04_backbones.ipynb #85bd22e4
 PAPER_NAMES = {'block1.0': 'Conv_1a', 'block2.1': 'Conv_2b', 'block2.2': 'Conv_2c'}
 for stage, blocks in _INCEPTION_WIDTHS.items():
     PAPER_NAMES.update({f'{stage}.{number}': name for number, name in enumerate(blocks, start=1)})
@@ -178,15 +142,12 @@ def accept_paper_names(
     prefix: str, # where the S3D sits in a larger network, e.g. 'backbone.'
     *_: Any, # the rest of what PyTorch hands to such a hook
 ) -> None:
-    """Rename `Mixed_3b.…` to `block3.1.…` and so on, before loading.
-
-    Where both are given, the name of the stage counts, as in the released code."""
+    "Rename `Mixed_3b.…` to `block3.1.…` and so on. Where both are given, the name of the stage counts."
     for own_name, paper_name in PAPER_NAMES.items():
         for key in [key for key in state_dict if key.startswith(f'{prefix}{paper_name}.')]:
             tensor = state_dict.pop(key)
             state_dict.setdefault(prefix + own_name + key.removeprefix(prefix + paper_name), tensor)
 
-# %% ../nbs/04_backbones.ipynb #5dd846fc
 class S3D(Backbone):
     """S3D, or S3D-G with `gating`: 1024 features (Xie et al. 2018).
 
@@ -194,10 +155,8 @@ class S3D(Backbone):
     num_features = 1024
     minimum_clip = (5, 17, 17)  # block 5 begins with a 2×2×2 pool: at least two cells each way must reach it
 
-    def __init__(
-        self,
+    def __init__(self,
         gating: bool = False, # True: S3D-G
-        generator: torch.Generator | None = None, # source of the start values
     ):
         super().__init__()
         self.block1 = nn.Sequential(SeparableConv(3, 64, kernel_size=7, spatial_stride=2, temporal_stride=2))
@@ -212,7 +171,7 @@ class S3D(Backbone):
                 channels = layers[-1].out_channels
             setattr(self, stage, nn.Sequential(*layers))
         self.register_load_state_dict_pre_hook(accept_paper_names)
-        he_initialise(self, generator)
+        he_initialise(self)
 
     def released_state_dict(self) -> dict[str, Tensor]: # every tensor under both names
         "Our weights as the released code expects them."
@@ -222,41 +181,34 @@ class S3D(Backbone):
                 state[paper_name + key.removeprefix(own_name)] = state[key]
         return state
 
-# %% ../nbs/04_backbones.ipynb #acb31336
+# %% ../nbs/04_backbones.ipynb #ef91ae59
 class FactorisedConv(nn.Module):
     "The (2+1)D convolution: space, batch norm, ReLU, time (Tran et al. 2018, section 3.5)."
     norm_after = {'spatial_conv': 'bn'}
-    def __init__(
-        self,
+    def __init__(self,
         in_channels: int, # N of the layer before
         out_channels: int, # N of this layer
-        kernel_size: int = 3, # d, height and width, pixels
-        temporal_kernel: int = 3, # t, frames
+        kernel_size: int = 3, # height and width, pixels
+        temporal_kernel: int = 3, # frames
         spatial_stride: int = 1, # step in space, pixels
         temporal_stride: int = 1, # step in time, frames
     ):
         super().__init__()
-        d, t = kernel_size, temporal_kernel
-        between = t*d*d*in_channels*out_channels // (d*d*in_channels + t*out_channels)
-        stride, padding = (1, spatial_stride, spatial_stride), (0, d//2, d//2)
-        self.spatial_conv = nn.Conv3d(in_channels, between, (1, d, d), stride, padding, bias=False)
+        k, kt = kernel_size, temporal_kernel
+        between = kt*k*k*in_channels*out_channels // (k*k*in_channels + kt*out_channels)
+        stride, padding = (1, spatial_stride, spatial_stride), (0, k//2, k//2)
+        self.spatial_conv = nn.Conv3d(in_channels, between, (1, k, k), stride, padding, bias=False)
         self.bn = nn.BatchNorm3d(between)
-        stride, padding = (temporal_stride, 1, 1), (t//2, 0, 0)
-        self.temporal_conv = nn.Conv3d(between, out_channels, (t, 1, 1), stride, padding, bias=False)
+        stride, padding = (temporal_stride, 1, 1), (kt//2, 0, 0)
+        self.temporal_conv = nn.Conv3d(between, out_channels, (kt, 1, 1), stride, padding, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.temporal_conv(functional.relu(self.bn(self.spatial_conv(x)), inplace=True))
 
-# %% ../nbs/04_backbones.ipynb #9c467b17
 class ResidualBlock(nn.Module):
     "Two (2+1)D convolutions beside a shortcut; with `downsample` time, height and width are halved."
     norm_after = {'conv1.temporal_conv': 'bn1', 'conv2.temporal_conv': 'bn2'}
-    def __init__(
-        self,
-        in_channels: int, # channels of the input
-        out_channels: int, # channels of the output
-        downsample: bool = False, # halve t, h, w, in both paths
-    ):
+    def __init__(self, in_channels: int, out_channels: int, downsample: bool):
         super().__init__()
         stride = 2 if downsample else 1
         if downsample:
@@ -274,15 +226,11 @@ class ResidualBlock(nn.Module):
         x = functional.relu(self.bn1(self.conv1(x)), inplace=True)
         return functional.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
 
-# %% ../nbs/04_backbones.ipynb #4d6b464a
 class R21D(Backbone):
     "The ten-layer R(2+1)D of the released checkpoints: 512 features (Tran et al. 2018)."
     num_features = 512
     norm_after = {'conv1.temporal_conv': 'bn1'}
-    def __init__(
-        self,
-        generator: torch.Generator | None = None, # source of the start values
-    ):
+    def __init__(self):
         super().__init__()
         self.conv1 = FactorisedConv(3, 64, kernel_size=7, spatial_stride=2)
         self.bn1, self.relu = nn.BatchNorm3d(64), nn.ReLU(inplace=True)
@@ -291,84 +239,63 @@ class R21D(Backbone):
             block = ResidualBlock(channels, width, downsample=number > 2)
             setattr(self, f'conv{number}', nn.Sequential(OrderedDict(block1=block)))
             channels = width
-        he_initialise(self, generator)
+        he_initialise(self)
 
-# %% ../nbs/04_backbones.ipynb #780ff6df
+# %% ../nbs/04_backbones.ipynb #4f7b7234
 class SmallBackbone(Backbone):
     "A chain of separable convolutions for small clips on a CPU; every list has one entry per layer."
-    def __init__(
-        self,
+    def __init__(self,
         width: int = 32, # channels of the first layer
         multipliers: Sequence[int] = (1, 2, 3, 4), # channels of each layer, as multiples of `width`
         spatial_strides: Sequence[int] = (2, 2, 2, 2), # step in space of each layer, pixels
         temporal_strides: Sequence[int] = (1, 1, 2, 2), # step in time of each layer, frames
         temporal_kernel: int = 3, # length of the temporal kernels, frames; 1: frames are seen one by one
-        generator: torch.Generator | None = None, # source of the start values
     ):
         super().__init__()
-        if not len(multipliers) == len(spatial_strides) == len(temporal_strides):
-            raise ValueError('multipliers, spatial_strides, temporal_strides: one entry per layer each')
         layers, channels = [], 3
-        for multiplier, spatial, temporal in zip(multipliers, spatial_strides, temporal_strides):
-            layers.append(SeparableConv(channels, width*multiplier, 3, temporal_kernel, spatial, temporal))
+        for multiplier, *strides in zip(multipliers, spatial_strides, temporal_strides, strict=True):
+            layers.append(SeparableConv(channels, width*multiplier, 3, temporal_kernel, *strides))
             channels = width*multiplier
         self.layers, self.num_features = nn.Sequential(*layers), channels
-        he_initialise(self, generator)
+        he_initialise(self)
 
-# %% ../nbs/04_backbones.ipynb #0a45139e
+# %% ../nbs/04_backbones.ipynb #e280f632
 class FeatureTap(nn.Module):
-    "Average pool that keeps the map it was given until the map is taken."
-    feature_map = None
-
+    "Average pool that keeps the map it was given."
     def forward(self, x: Tensor) -> Tensor:
         self.feature_map = x
         return x.mean((2, 3, 4), keepdim=True)
 
-    def take(self) -> Tensor: # [B, F, t, h, w]
-        "Hand out the map and forget it, so that no graph is kept alive."
-        feature_map, self.feature_map = self.feature_map, None
-        return feature_map
-
-# %% ../nbs/04_backbones.ipynb #74a238bc
 class TorchvisionBackbone(Backbone):
     "A network of `torchvision.models.video` without its classifier."
-    def __init__(
-        self,
+    def __init__(self,
         name: str, # as torchvision calls it, e.g. 'r2plus1d_18'
-        weights: str | None = None, # e.g. 'DEFAULT' (downloads them); None: torchvision's random start values
-        **options: Any, # passed on to torchvision
+        **options: Any, # passed on to torchvision, e.g. weights='DEFAULT' (downloads them)
     ):
         super().__init__()
         from torchvision import models
-        self.name, self.network = name, models.get_model(name, weights=weights, **options)
+        self.network, self.tap = models.get_model(name, **options), None
         head_name, head = list(self.network.named_children())[-1]
         classifier = [layer for layer in head.modules() if isinstance(layer, (nn.Linear, nn.Conv3d))][-1]
         self.num_features = classifier.weight.shape[1]
         setattr(self.network, head_name, nn.Identity())
-        self.pool = None
         for child, layer in list(self.network.named_children()):
             if isinstance(layer, (nn.AvgPool3d, nn.AdaptiveAvgPool3d)):
+                self.tap = child
                 setattr(self.network, child, FeatureTap())
-                self.pool = child
-        self.minimum_clip, self.clip_size = S3D.minimum_clip if name == 's3d' else (1, 1, 1), None
-        if position := getattr(self.network, 'pos_encoding', None):
-            cells = (position.temporal_size, *position.spatial_size)
-            self.clip_size = tuple(n*stride for n, stride in zip(cells, self.network.conv_proj.stride))
+        least = {'s3d': S3D.minimum_clip, 'mvit': (16, 224, 224)}
+        self.minimum_clip = least.get(name.split('_')[0], (1, 1, 1))
 
-    def forward_features(
-        self,
+    def forward_features(self,
         clips: Tensor, # float [B, 3, T, H, W], normalised
     ) -> Tensor: # [B, F, t, h, w], or [B, F, 1, 1, 1] where the network has no map
         "What enters the network's average pool."
-        _check_input(clips, self.minimum_clip, self.name)
-        if self.clip_size and tuple(clips.shape[2:]) != self.clip_size:
-            raise ValueError(f'{self.name} takes clips of {self.clip_size} (frames, height, width) only, '
-                             f'not {tuple(clips.shape[2:])}: make them so, or take another backbone')
         output = self.network(clips)
-        if self.pool: return getattr(self.network, self.pool).take()
-        return output.flatten(1)[:, :, None, None, None]
+        if not self.tap: return output.flatten(1)[:, :, None, None, None]
+        tap = getattr(self.network, self.tap)
+        feature_map, tap.feature_map = tap.feature_map, None  # so that no graph is kept alive
+        return feature_map
 
-# %% ../nbs/04_backbones.ipynb #50f2b146
 BACKBONES: dict[str, Callable[..., nn.Module]] = {} # what builds the network, by name
 
 def register_backbone(
@@ -378,8 +305,8 @@ def register_backbone(
     "Make a backbone known by name."
     BACKBONES[name] = factory
 
-register_backbone('s3d', lambda generator=None: S3D(False, generator))
-register_backbone('s3dg', lambda generator=None: S3D(True, generator))
+register_backbone('s3d', partial(S3D, False))
+register_backbone('s3dg', partial(S3D, True))
 register_backbone('r21d', R21D)
 register_backbone('small', SmallBackbone)
 
@@ -388,7 +315,6 @@ def list_backbones() -> list[str]: # names that `create_backbone` takes
     from torchvision import models
     return [*BACKBONES, *(f'torchvision:{name}' for name in models.list_models(module=models.video))]
 
-# %% ../nbs/04_backbones.ipynb #dbf4ff55
 def check_backbone_name(
     name: str,  # of a registered backbone, or of torchvision's
 ) -> None:
@@ -404,29 +330,9 @@ def create_backbone(
     name: str | nn.Module, # one of `list_backbones()`; a module is returned as it is
     **options: Any, # for that network, e.g. width=16 for 'small', weights='DEFAULT' for 'torchvision:…'
 ) -> nn.Module: # num_features, forward(clips) [B, F]; a Backbone's forward_features(clips) [B, F, t, h, w]
-    "Build a backbone by name. Raises ValueError for an unknown name (with the nearest one) or option."
+    "Build a backbone by name. Raises ValueError for an unknown name, with the nearest one, or option."
     if isinstance(name, nn.Module): return name
     check_backbone_name(name)
-    if name not in BACKBONES: return TorchvisionBackbone(name.removeprefix('torchvision:'), **options)
-    known = inspect.signature(BACKBONES[name]).parameters
-    unknown = sorted(set(options) - set(known))
-    if unknown and not any(option.kind is option.VAR_KEYWORD for option in known.values()):
-        raise ValueError(f'backbone {name!r} has no option {", ".join(unknown)}; it has: {", ".join(known)}')
-    return BACKBONES[name](**options)
-
-# %% ../nbs/04_backbones.ipynb #7ebc8f3b
-def count_parameters(
-    module: nn.Module, # any module
-) -> int: # numbers an optimizer would change
-    "Trainable parameters, each counted once even where it has two names."
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-def count_multiply_adds(
-    backbone: nn.Module, # any network that takes clips
-    input_shape: Sequence[int] = (1, 3, 32, 128, 128), # [B, 3, T, H, W]
-) -> int: # multiply-adds of convolutions and matrix products of one forward pass
-    "Count multiply-adds without computing anything: on a copy without numbers (meta device)."
-    shell = copy.deepcopy(backbone).to('meta').eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shell(torch.empty(*input_shape, device='meta'))
-    return counter.get_total_flops() // 2
+    factory = BACKBONES.get(name) or partial(TorchvisionBackbone, name.removeprefix('torchvision:'))
+    try: return factory(**options)
+    except TypeError as error: raise ValueError(f'backbone {name!r}, options {options}: {error}') from error

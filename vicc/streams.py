@@ -4,23 +4,21 @@
 
 # %% auto #0
 __all__ = ['SAVED_FILES', 'STREAM_CHECKSUMS', 'MAX_CONFIG_BYTES', 'NUMPY_SCALARS', 'RELEASED_ENCODERS', 'NOT_NEEDED',
-           'RELEASED_BACKBONES', 'RELEASED_MODULES', 'Stream', 'save_stream', 'preview', 'load_saved', 'load_stream',
-           'read_released', 'split_released', 'recognize_backbone', 'load_released', 'export_released']
+           'RELEASED_MODULES', 'Stream', 'save_stream', 'load_saved', 'load_stream', 'read_released', 'split_released',
+           'load_released', 'export_released']
 
 # %% ../nbs/engine/streams.ipynb #acd5c056
 import copy
 import json
 import os
-import pickletools
 import re
 import shutil
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,18 +45,13 @@ class Stream(nn.Module, PyTorchModelHubMixin, library_name='vicc',
     ):
         super().__init__()
         if isinstance(backbone, str): backbone = create_backbone(backbone, **(backbone_options or {}))
-        self.backbone = backbone
+        self.backbone, self.num_features = backbone, backbone.num_features  # F, the length of a feature
         self.head = ProjectionHead(self.num_features, projection_dim)
         self.prototypes = Prototypes(num_prototypes, projection_dim)
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **options: Any) -> 'Stream':
         return super()._from_pretrained(strict=strict, **options)  # a missing tensor is an error
-
-    @property
-    def num_features(self) -> int:
-        "F, the length of a feature."
-        return self.backbone.num_features
 
     def features(self,
         clips: Tensor,  # [B, 3, T, H, W] float, normalised
@@ -106,15 +99,10 @@ def save_stream(
 # %% ../nbs/engine/streams.ipynb #058b11fa
 MAX_CONFIG_BYTES = 2**14
 
-def preview(
-    names: Iterable[str],  # all of them
-) -> str:  # 'a, b, c, d and 17 more'
-    "List the first few of many names."
-    names = list(names)
-    text = ', '.join(short_repr(name, 100)[1:].rstrip("'\"") for name in names[:4])
-    return text if len(names) <= 4 else f'{text} and {len(names) - 4} more'
-
-def _verify_checksums(folder: Path) -> None:
+def _verify_files(folder: Path) -> None:
+    for name in SAVED_FILES:
+        if not (folder/name).is_file():
+            raise FileNotFoundError(f'{folder/name} does not exist: give the folder that save_stream wrote')
     if not (folder/STREAM_CHECKSUMS).is_file(): return
     checksums = read_json(folder/STREAM_CHECKSUMS, MAX_CONFIG_BYTES)
     for name in SAVED_FILES:
@@ -122,35 +110,25 @@ def _verify_checksums(folder: Path) -> None:
             raise ValueError(f'{folder/name} is not the file that was saved (its checksum is another): copy '
                              f'the folder again. If you changed it, delete {folder/STREAM_CHECKSUMS}')
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    values = read_json(folder/'config.json', MAX_CONFIG_BYTES)
-    if not isinstance(values, dict): raise ValueError(f'{folder}/config.json is no dictionary of arguments')
-    if isinstance(options := values.get('backbone_options'), dict):
-        for name in ('weights', 'num_classes'): options.pop(name, None)
-    return values
-
 def _check_finite(network: nn.Module, path: Path) -> None:
     broken = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
-    if broken: raise ValueError(f'{path} holds numbers that are infinite or not numbers: {preview(broken)}. '
-                                'Was it saved after training diverged? Take an earlier one')
+    if broken:
+        raise ValueError(f'{path} holds numbers that are infinite or not numbers: {", ".join(broken[:4])}. '
+                         'Was it saved after training diverged? Take an earlier one')
 
-# %% ../nbs/engine/streams.ipynb #1d6ef535
 def load_saved(
     kind: type[nn.Module],  # a class whose arguments config.json holds: Stream, Classifier
     folder: str | os.PathLike,  # written by save_stream or save_pretrained
-    device: str | torch.device = 'cpu',  # where to
     **changes: Any,  # arguments that replace those of config.json
-) -> nn.Module:  # of that class, in eval mode
+) -> nn.Module:  # of that class, in eval mode, on the CPU
     "Load a saved network. Raises FileNotFoundError; ValueError for weights that are damaged or do not fit."
     folder = Path(folder)
-    for name in SAVED_FILES:
-        if not (folder/name).is_file():
-            raise FileNotFoundError(f'{folder/name} does not exist: give the folder that save_stream wrote')
-    _verify_checksums(folder)
-    values = _read_config(folder) | changes
+    _verify_files(folder)
     weights = folder/'model.safetensors'
-    size = weights.stat().st_size
     try:
+        values = read_json(folder/'config.json', MAX_CONFIG_BYTES) | changes
+        for name in ('weights', 'num_classes'): (values.get('backbone_options') or {}).pop(name, None)
+        size = weights.stat().st_size
         with torch.device('meta'): count = sum(tensor.numel() for tensor in kind(**values).parameters())
         if count > size: raise ValueError(f'it asks for {count} numbers, model.safetensors has {size} bytes')
         network = kind(**values)
@@ -160,15 +138,14 @@ def load_saved(
                          f'config.json describes ({type(error).__name__}: {one_line(error, 300)}): was it '
                          'changed, or copied only in part?') from error
     _check_finite(network, weights)
-    return network.to(device).eval()
+    return network.eval()
 
 def load_stream(
     folder: str | os.PathLike,  # written by save_stream or save_pretrained
-    device: str | torch.device = 'cpu',  # where to
-    backbone: nn.Module | None = None,  # where the stream was saved with a module of your own: such a module
-) -> Stream:  # in eval mode
+    **changes: Any,  # arguments that replace those of config.json, such as a backbone of your own
+) -> Stream:  # in eval mode, on the CPU
     "Load a saved stream. Raises what load_saved raises."
-    return load_saved(Stream, folder, device, **({} if backbone is None else {'backbone': backbone}))
+    return load_saved(Stream, folder, **changes)
 
 # %% ../nbs/engine/streams.ipynb #808ed2bd
 _numpy_scalar = np.float64(0).__reduce__()[0]
@@ -178,38 +155,17 @@ NUMPY_SCALARS = [  # what a pickled NumPy number asks for
     np.dtype, *{type(np.dtype(kind)) for kind in '?bhilqBHILQefd'},
 ]
 
-def _check_names(
-    pickled: BinaryIO,  # at the beginning of a pickle
-    longest: int = 10_000,  # letters
-) -> None:
-    "Refuse absurd names before torch.load sees them: it would search them for minutes. Raises ValueError."
-    for _, argument, _ in pickletools.genops(pickled):
-        if isinstance(argument, str | bytes) and len(argument) > longest:
-            raise ValueError(f'a name of {len(argument)} letters')
-
 def read_released(
     path: str | os.PathLike,  # a file that torch.save wrote
 ) -> Any:  # what is in it, on the CPU
     "Read a checkpoint without running code. Raises FileNotFoundError; ValueError if damaged or unsafe."
     path = Path(path)
-    if path.is_dir(): raise ValueError(f'{path} is a folder, not a released file: load_stream reads folders')
-    if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: give the path of a .pth.tar file')
-    size = path.stat().st_size
-    with path.open('rb') as file: start = file.read(16)
-    if start[:2] != b'PK' and start[:1] != b'\x80':
-        raise ValueError(f'{path} is not a PyTorch checkpoint: it begins with {start!r}. Was a web page or a '
-                         'text saved under its name? Download it again')
+    if not path.is_file(): raise FileNotFoundError(f'{path} is not a file: give the path of a .pth.tar file')
+    size = unpacked = path.stat().st_size
     try:
-        unpacked = size
-        if start[:2] == b'PK':
+        if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
-                pickles = [name for name in archive.namelist() if name.endswith('data.pkl')]
-                for name in pickles if unpacked <= 2*size else []:
-                    with archive.open(name) as pickled: _check_names(pickled)
-        else:
-            with path.open('rb') as pickled:
-                for _ in range(4): _check_names(pickled)  # magic number, version, machine, the checkpoint
         if unpacked <= 2*size:
             with torch.serialization.safe_globals(NUMPY_SCALARS):
                 return torch.load(path, map_location='cpu', weights_only=True)
@@ -218,8 +174,8 @@ def read_released(
             raise ValueError(f'{path} holds {unsafe[1]}, which is neither a tensor nor a plain value. '
                              'Reading it could run code, so it was not read. Ask its maker for a file of '
                              "weights alone: torch.save({'state_dict': model.state_dict()}, …)") from error
-        raise ValueError(f'{path} is damaged ({size} bytes; {type(error).__name__}): was it copied only in '
-                         'part? Download it again') from error
+        raise ValueError(f'{path} is damaged or no PyTorch checkpoint ({size} bytes; '
+                         f'{type(error).__name__}): download it again') from error
     raise ValueError(f'{path} has {size} bytes and would become {unpacked} when it is opened: torch.save '
                      'does not compress, so this is no checkpoint')
 
@@ -227,84 +183,60 @@ def read_released(
 RELEASED_ENCODERS = {'encoder_q': 'optimised', 'second': 'frozen', 'sampler': 'frozen'}  # prefix -> stream
 NOT_NEEDED = ('encoder_k', 'queue', 'queue_ptr', 'queue_second', 'queue_vname', 'queue_label')
 
-def _is_stored(value: Any) -> bool:
-    "Whether this is a tensor of numbers that are all in the file; by stride 0 one number can look like 10¹²."
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta: return False
-    if not (value.is_floating_point() or value.dtype == torch.int64): return False
-    return value.numel() <= 2**27 or value.numel()*value.element_size() <= value.untyped_storage().nbytes()
-
 def split_released(
     path: str | os.PathLike,  # a released file
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:  # {prefix: {rest: tensor}}; what was left out
     "Read the tensors of a released file by prefix. Raises ValueError for names that no released file has."
     checkpoint = read_released(path)
     state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{path}: its 'state_dict' is empty, or no dictionary of name and tensor")
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: its 'state_dict' is no dictionary of name and tensor")
     groups, ignored, unknown = {}, Counter(), []
     for name, tensor in state.items():
         name = re.sub(r'^(module\.)+', '', str(name))  # of parallel training
         prefix, _, rest = name.partition('.')
         if prefix in NOT_NEEDED: ignored[prefix] += 1
-        elif not (prefix in RELEASED_ENCODERS and rest or name == 'prototypes.weight'): unknown.append(name)
-        elif not _is_stored(tensor): raise ValueError(f'{path}: not a tensor of numbers: {preview([name])}')
-        else: groups.setdefault(prefix, {})[rest] = tensor
-    if not groups.keys() & RELEASED_ENCODERS.keys():
-        raise ValueError(f'{path} holds no encoder of ViCC or CoCLR: its names should begin with encoder_q., '
-                         f'second. or sampler., but there are {preview(map(str, state))}')
-    if unknown:
-        raise ValueError(f'{path} holds {len(unknown)} tensors that no file of ViCC or CoCLR has: '
-                         f'{preview(unknown)}. If they do not matter, save a file without them')
+        elif prefix in RELEASED_ENCODERS and rest or name == 'prototypes.weight':
+            groups.setdefault(prefix, {})[rest] = tensor
+        else: unknown.append(name)
+    if unknown or not groups.keys() & RELEASED_ENCODERS.keys():
+        names = short_repr(unknown or list(state), 200)
+        raise ValueError(f'{path} is no file of ViCC or CoCLR: the names of its {len(state)} tensors should '
+                         f'begin with encoder_q., second. or sampler., but there are {names}')
     return groups, dict(ignored)
 
 # %% ../nbs/engine/streams.ipynb #091a7013
-RELEASED_BACKBONES = ('s3d', 's3dg', 'r21d')
-
-@cache
-def _backbone_names(backbone: str) -> frozenset[str]:
-    with torch.device('meta'): return frozenset(create_backbone(backbone).state_dict())
-
-def recognize_backbone(
-    names: Iterable[str],  # of the tensors of one encoder; those of its backbone begin with '0.'
-) -> str:  # one of RELEASED_BACKBONES
-    "Find the backbone that has most of these names."
-    names = {name[2:] for name in names if name.startswith('0.')}
-    shares = {}
-    for backbone in RELEASED_BACKBONES:
-        known = _backbone_names(backbone)
-        shares[backbone] = len(names & known)/len(names | known)
-    return max(shares, key=shares.get)
-
-# %% ../nbs/engine/streams.ipynb #c2923593
 RELEASED_MODULES = {'0': 'backbone', '2': 'head.0', '4': 'head.2'}  # number in a released encoder -> ours
 
-def _assemble(tensors: dict[str, Tensor], prototypes: Tensor, num_prototypes: int, backbone: str) -> Stream:
-    "Make a Stream of the tensors of one encoder. Raises RuntimeError for names or shapes that do not fit."
-    with torch.device('meta'): stream = Stream(backbone, num_prototypes, _projection_dim(tensors))
+def _assemble(
+    tensors: dict[str, Tensor],  # of one encoder, by released names; paper names are replaced in place
+    prototypes: Tensor | None,  # [K, D]; None: random ones
+    num_prototypes: int | None,  # K, where it must be so; without prototypes None means 300
+) -> Stream:
+    "Make a Stream of released tensors. Raises RuntimeError for names or shapes that do not fit."
+    accept_paper_names(None, tensors, '0.')
+    backbone = 'r21d'
+    if any('.block3.' in name for name in tensors): backbone = 's3d'
+    if any('.gating_' in name for name in tensors): backbone = 's3dg'
+    dim = tensors.get('4.bias', torch.empty(128)).numel()
+    if prototypes is None: prototypes = Prototypes(num_prototypes or 300, dim).weight.detach()
+    with torch.device('meta'): stream = Stream(backbone, num_prototypes or (*prototypes.shape, 1)[0], dim)
     state = {'prototypes.weight': prototypes}
     for name, tensor in tensors.items():
         number, _, rest = name.partition('.')
         is_kernel = number in ('2', '4') and tensor.ndim == 5  # 1×1×1 convolutions there, linear layers here
         state[f'{RELEASED_MODULES.get(number, number)}.{rest}'] = tensor.flatten(1) if is_kernel else tensor
-    stream.load_state_dict(state, assign=True)  # compares names and shapes, before memory is taken
     for name, tensor in state.items():
         tensor = tensor.float() if tensor.is_floating_point() else tensor
         state[name] = tensor.clone(memory_format=torch.contiguous_format)
     stream.load_state_dict(state, assign=True)
     return stream
 
-def _projection_dim(tensors: Mapping[str, Tensor]) -> int:
-    return tensors['4.bias'].numel() if '4.bias' in tensors else 128
-
-# %% ../nbs/engine/streams.ipynb #fbcfd969
 def load_released(
     path: str | os.PathLike,  # a released .pth.tar file of ViCC (single- or cross-stream), CoCLR or InfoNCE
     stream: str = 'optimised',  # encoder of a cross-stream file: 'optimised' or 'frozen' (the other stream's)
-    backbone: str | None = None,  # the one you expect: 's3d', 's3dg' or 'r21d'; None: the file's
     num_prototypes: int | None = None,  # K where the file has no prototypes of it; None: 300, and a warning
-    generator: torch.Generator | None = None,  # source of those random prototypes; None: PyTorch's global one
-    device: str | torch.device = 'cpu',  # where to
-) -> Stream:  # in eval mode
+) -> Stream:  # in eval mode, on the CPU
     """Read a released checkpoint as a Stream. Warns of what is left out and of random prototypes.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged, unsafe or of another network.
@@ -313,63 +245,50 @@ def load_released(
     prefixes = {RELEASED_ENCODERS[prefix]: prefix for prefix in groups if prefix in RELEASED_ENCODERS}
     if stream not in prefixes:  # which of its streams saw RGB, a file does not say
         raise ValueError(f'{path} holds no {stream} stream: give stream=' + ' or '.join(map(repr, prefixes)))
-    prefix = prefixes[stream]
-    tensors = groups[prefix]
-    accept_paper_names(None, tensors, '0.')
-    name = recognize_backbone(tensors)
-    if name != (backbone or name): raise ValueError(f'{path}: {prefix} is the network {name}, not {backbone}')
     notes = [f'left out {", ".join(ignored)} ({sum(ignored.values())} tensors)'] if ignored else []
     prototypes = groups.get('prototypes', {}).get('weight') if stream == 'optimised' else None
-    if prototypes is None:
-        if num_prototypes is None:
-            notes.append(f'no prototypes for the {stream} stream: 300 random ones took their place, '
-                         'so scores mean nothing before training')
-        prototypes = Prototypes(num_prototypes or 300, _projection_dim(tensors), generator).weight.detach()
+    if prototypes is None and num_prototypes is None:
+        notes.append(f'no prototypes for the {stream} stream: 300 random ones took their place, '
+                     'so scores mean nothing before training')
     if notes: warnings.warn(f'{path}: {"; ".join(notes)}', stacklevel=2)
-    try: network = _assemble(tensors, prototypes, num_prototypes or (*prototypes.shape, 1)[0], name)
-    except RuntimeError as error:
-        raise ValueError(f'{path}: {prefix} does not fit {name} ({one_line(error, 400)})') from error
+    try: network = _assemble(groups[prefixes[stream]], prototypes, num_prototypes)
+    except Exception as error:
+        raise ValueError(f'{path}: {prefixes[stream]} does not fit S3D, S3D-G or R(2+1)D '
+                         f'({one_line(error, 400)})') from error
     _check_finite(network, Path(path))
-    return network.to(device).eval()
+    return network.eval()
 
 # %% ../nbs/engine/streams.ipynb #5c4f42d0
-def export_released(
-    stream: Stream,  # becomes encoder_q and prototypes
-    path: str | os.PathLike,  # of the file, e.g. 'ViCC-RGB-2.pth.tar'
-    teacher: Stream | None = None,  # becomes second, the frozen stream of a cross-stream file
-    epoch: int = 0,  # noted in the file
-) -> Path:  # the file
-    """Write a stream as the released code does: {'epoch', 'state_dict'}. The file appears whole or not.
-
-    Raises FileNotFoundError without its folder, ValueError for streams that the released code does not know.
-    """
-    path = Path(path)
-    if not path.parent.is_dir(): raise FileNotFoundError(f'the folder {path.parent} does not exist')
-    if path.is_dir(): raise ValueError(f'{path} is a folder: give the path of a file')
-    state, shapes = {}, []
-    for prefix, network in {'encoder_q': stream, 'second': teacher}.items():
-        if network is None: continue
-        encoder = _released_tensors(network)
-        shapes.append({name: tensor.shape for name, tensor in encoder.items()})
-        state |= {f'{prefix}.{name}': tensor for name, tensor in encoder.items()}
-    if shapes[0] != shapes[-1]:
-        raise ValueError('the two streams of a released file must be of one shape, not '
-                         f'{type(stream.backbone).__name__} and {type(teacher.backbone).__name__} with '
-                         f'projections of {stream.head[2].out_features} and {teacher.head[2].out_features}')
-    state['prototypes.weight'] = stream.prototypes.weight.detach().cpu()
-    with atomic_write(path) as temporary: torch.save({'epoch': epoch, 'state_dict': state}, temporary)
-    return path
-
 def _released_tensors(stream: Stream) -> dict[str, Tensor]:
     "Backbone and head under released names, on the CPU; S3D's under both of their names."
-    if not isinstance(stream.backbone, S3D | R21D):
-        raise ValueError(f'the released code has no {type(stream.backbone).__name__}: export streams of '
-                         f'{", ".join(RELEASED_BACKBONES)} only')
     stream = copy.deepcopy(stream).to('cpu', memory_format=torch.contiguous_format)
     backbone = stream.backbone
-    state = backbone.released_state_dict() if isinstance(backbone, S3D) else backbone.state_dict()
+    if isinstance(backbone, S3D): state = backbone.released_state_dict()
+    elif isinstance(backbone, R21D): state = backbone.state_dict()
+    else: raise ValueError(f'the released code has no {type(backbone).__name__}, only S3D, S3D-G and R(2+1)D')
     tensors = {f'0.{name}': tensor for name, tensor in state.items()}
     for number, layer in (('2', stream.head[0]), ('4', stream.head[2])):
         tensors[f'{number}.weight'] = layer.weight.detach()[:, :, None, None, None]
         tensors[f'{number}.bias'] = layer.bias.detach()
     return tensors
+
+def export_released(
+    stream: Stream,  # becomes encoder_q and prototypes
+    path: str | os.PathLike,  # of the file, e.g. 'ViCC-RGB-2.pth.tar'
+    teacher: Stream | None = None,  # becomes second, the frozen stream of a cross-stream file
+) -> Path:  # the file
+    """Write a stream as the released code does: {'epoch', 'state_dict'}. The file appears whole or not.
+
+    Raises ValueError for streams that the released code does not know.
+    """
+    encoders = {'encoder_q': _released_tensors(stream)}
+    if teacher is not None: encoders['second'] = _released_tensors(teacher)
+    state, shapes = {}, []
+    for prefix, tensors in encoders.items():
+        shapes.append({name: tensor.shape for name, tensor in tensors.items()})
+        state |= {f'{prefix}.{name}': tensor for name, tensor in tensors.items()}
+    if shapes[0] != shapes[-1]:
+        raise ValueError('the two streams of a released file must have one backbone and one projection_dim')
+    state['prototypes.weight'] = stream.prototypes.weight.detach().cpu()
+    with atomic_write(path) as temporary: torch.save({'epoch': 0, 'state_dict': state}, temporary)
+    return Path(path)

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'ShapesSettings', 'Shape', 'Scene', 'draw_motion', 'value_noise', 'draw_background', 'draw_texture',
-           'draw_shape', 'draw_scene', 'shape_coordinates', 'moved_background', 'render', 'shape_flow', 'exact_flow',
-           'make_moving_shapes']
+           'draw_scene', 'shape_coordinates', 'render', 'make_moving_shapes']
 
 # %% ../nbs/datasets/synthetic.ipynb #8b608172
 import json
 import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +17,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
-from .engine.io import progress
 from .manifests import write_manifest
 from .video import write_video
 
@@ -41,14 +39,12 @@ class ShapesSettings:
     period: tuple[float, float] = (6.5, 8.5)  # of oscillating and orbiting, frames
     swing: tuple[float, float] = (0.11, 0.14)  # of oscillating and orbiting, sides to each side
     radius: tuple[float, float] = (0.15, 0.2)  # of a shape, sides
-    drift: float = 0.0  # the camera's: sides a frame at most
 
     def __post_init__(self):
-        for name, least in dict(num_frames=2, num_shapes=1, height=16, width=16).items():
-            value = getattr(self, name)
-            if value < least: raise ValueError(f'{name}={value} must be at least {least}')
-        if self.height % 2 or self.width % 2:
-            raise ValueError(f'height={self.height}, width={self.width}: both must be even')
+        sizes = self.height % 2 == self.width % 2 == 0 and min(self.height, self.width) >= 16
+        if sizes and self.num_frames >= 2 and self.num_shapes >= 1: return
+        raise ValueError(f'{self}: height and width must be even and at least 16, num_frames at least 2, '
+                         'num_shapes at least 1')
 
 # %% ../nbs/datasets/synthetic.ipynb #87ad858e
 @dataclass
@@ -70,9 +66,7 @@ class Scene:
     settings: ShapesSettings
     shapes: list[Shape]  # the last one is in front
     background: np.ndarray = field(repr=False)  # float32 [H, W, 3] in 0–1
-    drift: tuple[float, float] = (0.0, 0.0)  # of the camera: pixels a frame, x and y
 
-# %% ../nbs/datasets/synthetic.ipynb #d5faca5e
 def draw_motion(
     class_name: str,  # one of CLASSES
     settings: ShapesSettings,  # lengths and speeds
@@ -120,7 +114,6 @@ def value_noise(
         return values[below]*(1 - share) + values[(below + 1) % len(values)]*share
     return blend(blend(grid, height).transpose(1, 0, 2), width).transpose(1, 0, 2)
 
-# %% ../nbs/datasets/synthetic.ipynb #685067f9
 def draw_background(
     rng: np.random.Generator,  # where the choices come from
     height: int,  # pixels
@@ -147,29 +140,20 @@ def draw_texture(
     mix = noise if kind == 0 else 0.75*(stripes if kind == 1 else checks)[..., None] + 0.25*noise
     return (first*(1 - mix) + second*mix).astype(np.float32)
 
-# %% ../nbs/datasets/synthetic.ipynb #d4503c2b
-def draw_shape(
-    class_name: str,  # one of CLASSES
-    settings: ShapesSettings,  # lengths and speeds
-    rng: np.random.Generator,  # where the choices come from
-) -> Shape:
-    "A shape with its path."
-    radius = rng.uniform(*settings.radius)*min(settings.height, settings.width)
-    path = draw_motion(class_name, settings, rng)
-    petals, depth = int(rng.integers(3, 7)), rng.uniform(0.1, 0.35)
-    return Shape(*path, radius, petals, depth, draw_texture(rng))
-
 def draw_scene(
     class_name: str,  # one of CLASSES
     rng: np.random.Generator,  # where all choices come from
     settings: ShapesSettings = ShapesSettings(),  # lengths, speeds, frame size
 ) -> Scene:  # ready to be rendered
     "Draw a scene. Looks are drawn in the same way for every class. Raises ValueError for an unknown class."
-    shapes = [draw_shape(class_name, settings, rng) for _ in range(settings.num_shapes)]
-    heading = rng.uniform(0, 2*math.pi)
-    pace = rng.uniform(0, settings.drift)*min(settings.height, settings.width)
-    background = draw_background(rng, settings.height, settings.width)
-    return Scene(class_name, settings, shapes, background, (pace*math.cos(heading), pace*math.sin(heading)))
+    shapes = []
+    for _ in range(settings.num_shapes):
+        radius = rng.uniform(*settings.radius)*min(settings.height, settings.width)
+        path = draw_motion(class_name, settings, rng)
+        petals, depth = int(rng.integers(3, 7)), rng.uniform(0.1, 0.35)
+        shapes.append(Shape(*path, radius, petals, depth, draw_texture(rng)))
+    rng.random(2)  # two numbers that no scene uses: without them the data set of a seed would be another one
+    return Scene(class_name, settings, shapes, draw_background(rng, settings.height, settings.width))
 
 # %% ../nbs/datasets/synthetic.ipynb #d2d2cf30
 def shape_coordinates(
@@ -179,27 +163,16 @@ def shape_coordinates(
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 points p [H, W, 2] in radii, and coverage [H, W] in 0–1
     "For each pixel: the point of the shape that lies there, and how much of the pixel the shape covers."
     height, width = scene.background.shape[:2]
-    x, y = shape.x[frame] + frame*scene.drift[0], shape.y[frame] + frame*scene.drift[1]
-    right = (np.arange(width, dtype=np.float32) - np.float32(x) + width/2) % width - width/2
-    down = ((np.arange(height, dtype=np.float32) - np.float32(y) + height/2) % height - height/2)[:, None]
+    x, y = np.float32(shape.x[frame]), np.float32(shape.y[frame])
+    right = (np.arange(width, dtype=np.float32) - x + width/2) % width - width/2
+    down = ((np.arange(height, dtype=np.float32) - y + height/2) % height - height/2)[:, None]
     size = shape.radius*shape.scale[frame]
-    cosine, sine = np.float32(math.cos(shape.angle[frame])/size), np.float32(math.sin(shape.angle[frame])/size)
+    cosine = np.float32(math.cos(shape.angle[frame])/size)
+    sine = np.float32(math.sin(shape.angle[frame])/size)
     points = np.stack([cosine*right + sine*down, cosine*down - sine*right], -1)
     outline = 1 - shape.depth + shape.depth*np.cos(shape.petals*np.arctan2(points[..., 1], points[..., 0]))
     coverage = np.clip((outline - np.hypot(points[..., 0], points[..., 1]))*size + 0.5, 0, 1)
     return points.astype(np.float32), coverage.astype(np.float32)
-
-def moved_background(
-    scene: Scene,  # the scene
-    frame: int,  # which frame
-) -> np.ndarray:  # float32 [H, W, 3] in 0–1
-    "The background as the drifting camera sees it."
-    if not any(scene.drift): return scene.background
-    height, width = scene.background.shape[:2]
-    column, row = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    column = (column - np.float32(frame*scene.drift[0])) % width
-    row = (row - np.float32(frame*scene.drift[1])) % height
-    return cv2.remap(scene.background, column, row, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
 
 def render(
     scene: Scene,  # drawn by draw_scene
@@ -207,7 +180,7 @@ def render(
     "The frames of a scene."
     frames = np.empty((scene.settings.num_frames, *scene.background.shape), np.uint8)
     for t in range(len(frames)):
-        picture = moved_background(scene, t)
+        picture = scene.background
         for shape in scene.shapes:
             points, coverage = shape_coordinates(scene, shape, t)
             texels = (points/2 + 0.5)*(len(shape.texture) - 1)
@@ -217,32 +190,6 @@ def render(
         frames[t] = np.rint(255*picture)
     return frames
 
-# %% ../nbs/datasets/synthetic.ipynb #c752db0e
-def shape_flow(
-    shape: Shape,  # one shape
-    points: np.ndarray,  # [H, W, 2] points p in units of the radius
-    frame: int,  # from this frame to the next
-) -> np.ndarray:  # float32 [2, H, W] pixels
-    "How far each point of a shape moves."
-    positions = []
-    for t in (frame, frame + 1):
-        cosine, sine = (f(shape.angle[t])*shape.scale[t]*shape.radius for f in (math.cos, math.sin))
-        positions.append([shape.x[t] + cosine*points[..., 0] - sine*points[..., 1],
-                          shape.y[t] + sine*points[..., 0] + cosine*points[..., 1]])
-    return np.subtract(positions[1], positions[0]).astype(np.float32)
-
-def exact_flow(
-    scene: Scene,  # drawn by draw_scene
-) -> np.ndarray:  # float32 [T-1, 2, H, W] pixels a frame, x then y
-    "True motion of every pixel from each frame to the next; where shapes overlap, that of the one in front."
-    flow = np.zeros((scene.settings.num_frames - 1, 2, *scene.background.shape[:2]), np.float32)
-    for t in range(len(flow)):
-        for shape in scene.shapes:
-            points, coverage = shape_coordinates(scene, shape, t)
-            flow[t] = np.where(coverage > 0.5, shape_flow(shape, points, t), flow[t])
-        flow[t] += np.array(scene.drift, np.float32)[:, None, None]
-    return flow
-
 # %% ../nbs/datasets/synthetic.ipynb #99f6d1b9
 def make_moving_shapes(
     folder: str | os.PathLike,  # where to: gets videos/, train.csv and test.csv
@@ -251,9 +198,8 @@ def make_moving_shapes(
     seed: int = 0,  # the same seed gives the same files
     settings: ShapesSettings = ShapesSettings(),  # frame size, length, speeds
     threads: int | None = None,  # videos rendered side by side; None: one a core
-    log: Callable[[str], None] = print,  # takes a line now and then
 ) -> dict[str, Path]:  # paths: 'videos', 'train' and 'test'
-    """Render a moving-shapes data set to H.264 files with two manifests. Classes take turns, so all are as frequent.
+    """Render a moving-shapes data set to H.264 files with two manifests. Classes take turns.
 
     A data set that exists is kept if it was made with the same values, else made again. Raises ValueError for
     counts below 1.
@@ -272,13 +218,14 @@ def make_moving_shapes(
         name = f'{CLASSES[label]}/{subset}_{number:05d}.mp4'
         file = paths['videos']/name
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_video(file, render(draw_scene(CLASSES[label], rng, settings)), fps=settings.fps, preset='veryfast')
+        frames = render(draw_scene(CLASSES[label], rng, settings))
+        write_video(file, frames, fps=settings.fps, preset='veryfast')
         return dict(video=name, label=label, class_name=CLASSES[label], group=f'{subset}_{number:05d}',
-                    num_frames=settings.num_frames, fps=settings.fps, width=settings.width, height=settings.height)
+                    num_frames=len(frames), fps=settings.fps, width=settings.width, height=settings.height)
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for subset, count in (('train', num_train), ('test', num_test)):
             rows = pool.map(make, [subset]*count, range(count))
-            rows = progress(rows, 'rendered', f'{subset} videos', count, log=log)
-            write_manifest(pd.DataFrame(list(rows)), paths[subset])
+            rows = list(tqdm(rows, 'rendered', count, unit=f' {subset} videos', mininterval=10, delay=10))
+            write_manifest(pd.DataFrame(rows), paths[subset])
     record.write_text(wanted)
     return paths

@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from modules import Entry, Row, entries
 
-# Folder of nbs/ -> heading. The numbered notebooks of nbs/ itself come first, its others last.
-GROUPS = {'': 'The paper', 'datasets': 'Data sets', 'engine': 'What keeps a run alive', 'fast': 'The same, faster', 'viz': 'Pictures', 'compare': 'Other methods', 'experiments': 'Experiments'}
+# Folder of nbs/ -> heading, in the order of the map: the numbered notebooks of nbs/ itself, its others, the wings.
+GROUPS = {'': 'The paper', 'experiments': 'Experiments', 'datasets': 'Data sets', 'engine': 'What keeps a run alive', 'fast': 'The same, faster', 'viz': 'Pictures', 'compare': 'Other methods'}
 # Text in which no name becomes a link: code blocks, equations, links and pictures, tags, addresses, directives
 KEPT = r'^(?P<fence>`{3,}|~{3,}).*?^(?P=fence)|\$\$.*?\$\$|\$[^$\n]+\$|!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\)|<[^>\s][^>\n]*>|https?://\S+|`[^`\n]+`'
 
@@ -219,10 +219,16 @@ def modules_page(notebooks: list[Notebook], links: Links) -> str:
 def toctree(caption: str, lines: list[str]) -> str:
     return '\n'.join(['```{toctree}', ':hidden:', *([f':caption: {caption}'] if caption else []), '', *lines, '```', ''])
 
+def map_order(notebooks: list[Notebook]) -> list[Notebook]:
+    "The notebooks with the experiments in the order of the index's table; everything else by name."
+    index = next((notebook for notebook in notebooks if notebook.name == 'index'), None)
+    text = json.dumps(index.cells) if index else ''
+    return sorted(notebooks, key=lambda notebook: text.rfind(f']({notebook.name}.ipynb)') if notebook.name.startswith('run_') else -1)
+
 def contents(notebooks: list[Notebook], stored: list[Notebook] = []) -> str:
-    "The book's table of contents: the library notebooks in their order, the experiments and what they stored in results/, the modules."
+    "The book's table of contents, in the order of the map: the paper, the experiments and what they stored in results/, the wings, the modules."
     groups = {heading: [] for heading in GROUPS.values()}
-    for notebook in notebooks:
+    for notebook in map_order(notebooks):
         if notebook.name == 'index': continue
         folder = notebook.name.rpartition('/')[0]
         heading = GROUPS.get(folder or ('' if notebook.number else 'experiments'), folder)

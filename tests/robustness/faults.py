@@ -375,7 +375,7 @@ def read_only(bench: Bench) -> dict:
         trial = bench.trial('read-only', output=disk/'run')
         shutil.copytree(killed.output, trial.output)
         remount(disk, 'ro')
-        return trial.result(trial.run(), 'Read-only file system.: choose another folder, or make it writable', (2,), repair=lambda: remount(disk, 'rw'))
+        return trial.result(trial.run(), 'Read-only file system.: make room, make it writable or choose another folder', (2,), repair=lambda: remount(disk, 'rw'))
 
 @fault('output not writable', 'the folders of the run may no longer be written to from step 11 on (chmod; for root chattr +i)', 'ends and says so; writable again goes on')
 def not_writable(bench: Bench) -> dict:
@@ -390,7 +390,7 @@ def not_writable(bench: Bench) -> dict:
     try: code = trial.end(process)
     finally: subprocess.run([*give, *folders], capture_output=True)
     if not done: raise Skipped('root may write everywhere, and this file system knows no chattr')
-    return trial.result(code, 'choose another folder, or make it writable', (2,))
+    return trial.result(code, 'make room, make it writable or choose another folder', (2,))
 
 @fault('output disk gone', 'the output disk (a tmpfs) is unmounted at step 11, as a network disk may vanish', 'ends and says so, writes nothing elsewhere; back again goes on')
 def mount_gone(bench: Bench) -> dict:

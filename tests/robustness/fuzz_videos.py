@@ -333,7 +333,7 @@ def case(seeds: dict[str, bytes], seed: int, number: int) -> tuple[str, str, byt
 def prepared(source: Path, folder: Path) -> str:
     "Prepare a video, then read back what was written. The note, if there is one."
     rgb, flow = folder/'rgb.mp4', folder/'flow.mp4'
-    facts = prepare_video(source, rgb, flow, SETTINGS, note=folder/'note.txt')
+    facts = prepare_video(source, (rgb, flow, folder/'note.txt'), SETTINGS)
     for path, height in ((rgb, facts['height']), (flow, 2*facts['height'])):
         shape, wanted = read_frames(path).shape, (facts['num_frames'], height, facts['width'], 3)
         if shape != wanted: raise AssertionError(f'{path.name} holds {shape}, not {wanted}')

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from kill_training import kill_at
 from vicc.recipe import Recipe
+from vicc.engine.fit import RunConfig, TIMING
 from vicc.engine.io import find_project
 from vicc.alternation import new_streams
 from vicc.compare.finetune import FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, accuracy, classify
@@ -69,8 +70,9 @@ def evaluate(folder: Path, output: Path) -> None:
         config = replace(protocol.shortened(EPOCHS), batch_size=4, validation_fraction=.3)
         tensors[title], history = classify(
             title, streams['rgb'], 'rgb', store, rows['train'], test_clips, classes, config, output/title,
-            recipe.clip_length, recipe.clip_stride, views, 'ten', 56, recipe.min_frames, cache_gib=0)
-        history = history.drop(columns='clips_per_second').to_dict('list')
+            recipe.clip_length, recipe.clip_stride, views, 'ten', 56, recipe.min_frames, cache_gib=0,
+            run_config=RunConfig(save_every_steps=1))
+        history = history.drop(columns=list(TIMING)).to_dict('list')
         numbers[title] = dict(right=accuracy(tensors[title], test_labels), history=history)
     with atomic_write(output/'tensors.safetensors') as temporary:
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
@@ -84,12 +86,12 @@ def start(command: list[str], output: Path) -> subprocess.Popen:
         return subprocess.Popen([*command, str(output)], stdout=said, stderr=said, env=environment)
 
 def pieces(output: Path) -> dict[str, int]:
-    "Count the pieces that each part has saved: files of features; epochs, then probabilities of classifiers."
+    "Count the pieces that each part has saved: files of features; steps, then probabilities of classifiers."
     counts = {part: len(list(output.glob(f'{part}/*/clips-*.safetensors'))) for part in PARTS[:2]}
     for part in PARTS[2:]:
         checkpoints = output.glob(f'{part}/checkpoints/step-*/rank-0-of-1.pt')
-        epochs = max((int(path.parent.name[5:]) for path in checkpoints), default=0)
-        counts[part] = epochs + len(list(output.glob(f'{part}/probabilities/*/*.safetensors')))
+        steps = max((int(path.parent.name[5:]) for path in checkpoints), default=0)
+        counts[part] = steps + len(list(output.glob(f'{part}/probabilities/*/*.safetensors')))
     return counts
 
 def differences(one: Path, two: Path) -> list[str]:

@@ -14,10 +14,10 @@ from vicc.augment import ViewSettings
 from vicc.engine.checkpoint import checkpoint_folders, verify
 from vicc.data import TwoStreamDataset
 from vicc.prepare import prepare
-from vicc.trainer import Trainer, StageConfig
+from vicc.trainer import StageConfig, Trainer, train_stage
 from vicc.streams import Stream
 from vicc.synthetic import make_moving_shapes
-from vicc.trainer import TIMING, RunConfig, fit
+from vicc.engine.fit import TIMING, RunConfig
 
 SETTINGS = StageConfig(epochs=2, schedule_epochs=None, batch_size=2, optimizer='adamw', learning_rate=.003, final_learning_rate=1e-3, freeze_prototypes_epochs=0, queue_length=8, queue_start_epoch=0)
 RESULTS = find_project(__file__)/'nbs'/'results'
@@ -33,7 +33,7 @@ def train(store, folder, cache_gib=1., lines=None):
     data = TwoStreamDataset(store, None, ('flow',), 8, views=ViewSettings(size=32), cache_gib=cache_gib)
     torch.manual_seed(0)
     stream = Stream('small', 6, 8, {'width': 4})
-    history = fit('flow-1', 'flow', stream, data, SETTINGS, folder, accelerator=Accelerator(cpu=True), log=(lines if lines is not None else []).append, run_config=RunConfig(save_every_steps=1))
+    history = train_stage('flow-1', 'flow', stream, data, SETTINGS, folder, accelerator=Accelerator(cpu=True), log=(lines if lines is not None else []).append, run_config=RunConfig(save_every_steps=1))
     return stream.state_dict(), history.drop(columns=list(TIMING))
 
 @pytest.fixture(scope='module')

@@ -18,11 +18,11 @@ from vicc.recipe import Recipe
 from vicc.engine.io import find_project
 from vicc.alternation import alternate, main
 from vicc.compare.finetune import Classifier, predictions_table
-from vicc.viz.explorer import Clip, Entry, explorer_page, folded_html
+from vicc.viz.explorer import Clip, Entry, explorer_html
 from vicc.engine.io import folder_lock
 from vicc.viz.plots import Report
 from vicc.streams import Stream, load_released, load_saved, load_stream, save_stream
-from vicc.trainer import load_training_state
+from vicc.engine.fit import load_training_state
 
 DEMO = find_project(__file__)/'nbs'/'recipes'/'demo.yaml'
 NAMES = ['<script>alert(1)</script>', r'$\frac$', '"><img src=x onerror=alert(2)>', 'x'*1000, 'مرحبا بالعالم', '😀👨‍👩‍👧', 'two\nlines\t\u202e', '_hidden', '', '</script>&amp;%s{0}', '[x](javascript:alert(3))', 'a|b`c`*d*']
@@ -58,10 +58,10 @@ def test_no_danger_in_the_package():
 # Recipes
 
 @pytest.mark.parametrize('text, message', [
-    (LAUGHS, 'an anchor or alias'), ('!!python/object/apply:os.system ["touch it_ran"]', 'could not determine a constructor'),
+    (LAUGHS, 'an alias'), ('!!python/object/apply:os.system ["touch it_ran"]', 'could not determine a constructor'),
     ('['*5000, 'recursion depth'), ('- 1', 'must hold lines'), ('seed: 1\nseed: 2', "'seed' is there twice"),
-    ('on: 1', 'a key that is neither text'), ('7: 1', 'unknown key 7'), ('x'*300_000, 'too many for a file of this kind'),
-    ('a\0b', 'byte 1 is zero')])
+    ('on: 1', 'unknown key 1'), ('7: 1', 'unknown key 7'), ('x'*300_000, 'not UTF-8 text of at most'),
+    ('a\0b', 'not UTF-8 text')])
 def test_recipes_that_are_none(tmp_path, text, message):
     (tmp_path/'odd.yaml').write_text(text)
     with pytest.raises(ValueError, match=f'odd.yaml.*({message})'): Recipe.read(tmp_path/'odd.yaml')
@@ -114,10 +114,10 @@ def test_released_files_that_grow(tmp_path):
     with zipfile.ZipFile(tmp_path/'bomb.pth.tar', 'w', zipfile.ZIP_DEFLATED) as archive: archive.writestr('archive/data.pkl', bytes(30_000_000))
     with pytest.raises(ValueError, match='bomb.pth.tar has .* bytes and would become 30000000'): load_released(tmp_path/'bomb.pth.tar')
     torch.save({'state_dict': {'encoder_q.2.weight': torch.zeros(1).expand(10**12), 'prototypes.weight': torch.zeros(1, 1).expand(10**8, 10**6)}}, tmp_path/'wide.pth.tar')
-    with pytest.raises(ValueError, match='wide.pth.tar: not a tensor of numbers'): load_released(tmp_path/'wide.pth.tar')
+    with pytest.raises(ValueError, match='wide.pth.tar: encoder_q does not fit'): load_released(tmp_path/'wide.pth.tar')
     for name in ('module.'*1000 + 'x', 'y'*10**6):
         torch.save({'state_dict': {name: torch.zeros(1)}}, tmp_path/'long.pth.tar')
-        with pytest.raises(ValueError, match='long.pth.tar (is damaged|holds no encoder)') as caught: load_released(tmp_path/'long.pth.tar')
+        with pytest.raises(ValueError, match='long.pth.tar is (damaged|no file)') as caught: load_released(tmp_path/'long.pth.tar')
         assert len(str(caught.value)) < 1000
 
 # Checkpoints with checksums that are right
@@ -170,17 +170,18 @@ def harmless(text: str) -> bool:
 def test_names_in_every_plot():
     rng, count = np.random.default_rng(0), len(NAMES)
     clips, labels = rng.integers(0, 255, (count, 4, 12, 12, 3), np.uint8), np.arange(count)
-    soft, results = rng.random((count, 5)), pd.DataFrame([dict(stage=name, stream=name, k=1, recall=.5) for name in NAMES if name])
-    history = pd.DataFrame([dict(stage=name, epoch=1, loss=1., num_prototypes=5) for name in NAMES])
-    long = NAMES[3] + '\n' + NAMES[1]
-    pictures = [plots.plot_clip(clips[0], title=long), plots.plot_clips(dict(zip(NAMES[:5], clips)), title=long), plots.plot_views({name: clips[:2] for name in NAMES[:2]}, NAMES[:2], title=long), plots.plot_training_curves(history, title=long),
-                plots.plot_assignments(soft, labels, NAMES, long), plots.plot_prototype_montage([clips[:2], clips[2:4]], [labels[:2], labels[2:4]], NAMES, NAMES[:2], long),
-                plots.plot_retrieval(clips[:2], [clips[2:4]]*2, labels[:2], [labels[2:4]]*2, NAMES, title=long), plots.plot_embedding(rng.random((count, 2)), labels, NAMES, long), plots.plot_recall_bars(results, title=long),
-                plots.plot_confusion(np.eye(count), NAMES, long), plots.plot_class_accuracy({name: rng.random(count) for name in NAMES[:8]}, NAMES, title=long)]
-    own = plots.mpl.figure.Figure().subplots()  # axes that were made elsewhere, where $ means mathematics
-    pictures.append(plots.plot_embedding(rng.random((count, 2)), labels, NAMES, NAMES[1], ax=own))
+    soft = {name: rng.dirichlet(np.ones(5), count) for name in NAMES[:2]}
+    results = pd.DataFrame([dict(stage=name, stream=name, recall=.5) for name in NAMES if name])
+    history = pd.DataFrame([dict(stage=name, stream=name, loss=1., target_entropy=.5, num_prototypes=5, prototypes_in_use=3, agreement=.1)
+                            for name in NAMES])
+    long, rows = NAMES[3] + '\n' + NAMES[1], [labels[2:4]]*2
+    pictures = [plots.plot_clips({name: clips[:5] for name in NAMES[:2]}, NAMES[:5], title=long),
+                plots.plot_training_curves(history, long), plots.plot_assignments(soft, labels, NAMES),
+                plots.plot_prototype_montage([clips[:2], clips[2:4]], rows, NAMES, NAMES[:2], long),
+                plots.plot_retrieval(clips[:2], [clips[2:4]]*2, labels[:2], rows, NAMES, np.ones((2, 2)), long),
+                plots.plot_recall_bars(results, .1, long), plots.plot_confusion(np.eye(count), NAMES, long),
+                plots.plot_class_accuracy({name: rng.random(count) for name in NAMES[:8]}, NAMES, labels, long)]
     for picture in pictures:
-        if not isinstance(picture, plots.Picture): picture.canvas.draw(); continue
         picture.set_dpi(40)
         data = picture.png()
         assert max(np.frombuffer(data[16:24], '>u4')) < 3000, 'a name pushed the picture out of its figure'
@@ -191,18 +192,17 @@ def test_names_in_every_plot():
 
 def test_names_in_explorer_and_report(tmp_path):
     clip_of = lambda number: Clip(b'film', NAMES[number] + '\ud800', NAMES[number])
-    entries = [Entry(name, name, name, tuple(range(len(NAMES))), tuple(NAMES)) for name in NAMES]
-    for page in (explorer_page(entries, clip_of, NAMES, NAMES[0], NAMES[2]), folded_html(entries, clip_of, NAMES)):
+    entries = [Entry(name, name, name, range(len(NAMES)), NAMES) for name in NAMES]
+    for page in (explorer_html(entries, clip_of, NAMES, NAMES[0], NAMES[2]), explorer_html(entries, clip_of, NAMES)):
         page.encode()
-        assert harmless(page) and [tag for tag, _ in Tags(page).found].count('script') == 2*('<!DOCTYPE' in page) and 'x'*700 not in page
+        assert harmless(page) and [tag for tag, _ in Tags(page).found].count('script') == 0 and 'x'*700 not in page
     report = Report(tmp_path, NAMES[0], NAMES[10])
     for number, name in enumerate(NAMES):
         report.add('h2', name)
         report.say(name)
         report.show(pd.DataFrame({name: [name]}, index=[name]), f'table-{number}', name)
-    plain = len(re.findall('<script', Report(tmp_path, 'a').write({}).read_text()))
     page = report.write({name: {name: name} for name in NAMES}).read_text()
-    assert harmless(page) and "default-src 'none'" in page and len(re.findall('<script', page)) == plain
+    assert harmless(page) and "default-src 'none'" in page and '<script' not in page
     rows = pd.DataFrame(dict(video=NAMES, label=range(len(NAMES))))
     assert list(predictions_table(rows, torch.eye(len(NAMES)), NAMES).true) == NAMES
 
@@ -212,12 +212,12 @@ def test_the_command_ends_with_a_sentence(tmp_path, monkeypatch, capsys):
     arguments = ['--recipe', str(DEMO), '--manifest', str(tmp_path/'m.csv'), '--videos', str(tmp_path), '--output', str(tmp_path/'run')]
     for error, code, message in ((KeyboardInterrupt(), 130, 'interrupted'), (OSError(28, 'No space left on device', 'x'), 2, 'No space left'), (ValueError('wrong'), 2, 'wrong')):
         def fails(*_, error=error, **__): raise error
-        monkeypatch.setattr('vicc.alternation.read_manifest', fails)
+        monkeypatch.setattr('vicc.commands.read_manifest', fails)
         with pytest.raises(SystemExit) as ended: main(arguments)
         said = capsys.readouterr().err
         assert ended.value.code == code and message in said and 'Traceback' not in said
     with pytest.raises(SystemExit): main([*arguments, '--set', 'seed=*a'])
-    assert '--set seed is not a YAML file of plain values' in capsys.readouterr().err
+    assert '--set seed is not YAML of plain values' in capsys.readouterr().err
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path):
     class Prepared: settings, path = Recipe.read(DEMO).prepare_settings(), tmp_path

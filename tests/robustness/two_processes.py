@@ -55,7 +55,8 @@ def losses(folder: Path, case: str, accelerator, compiled: bool) -> tuple[list[f
     "The losses of 20 steps (an epoch is one step of 16 videos), and the first layer at the end."
     from vicc.augment import ViewSettings
     from vicc.data import TwoStreamDataset
-    from vicc.trainer import MethodSpec, RunConfig, StageConfig, Trainer, fit
+    from vicc.engine.fit import RunConfig
+    from vicc.trainer import MethodSpec, StageConfig, Trainer, train_stage
     class DoubleTrainer(Trainer):
         "All in float64: rounding must not hide what differs, nor grow over the steps."
         def __init__(self, name, stream, *arguments, **options):
@@ -70,7 +71,7 @@ def losses(folder: Path, case: str, accelerator, compiled: bool) -> tuple[list[f
     dataset = TwoStreamDataset(Store(folder/'store'), None, ('rgb', 'flow'), 8, views=ViewSettings(size=32))
     torch.manual_seed(0)
     stream, other = network().double(), network().double() if case.startswith('cross') else None
-    history = fit('flow', 'flow', stream, dataset, settings, folder/f'{case}-{accelerator.num_processes}', other, accelerator, log=lambda line: None,
+    history = train_stage('flow', 'flow', stream, dataset, settings, folder/f'{case}-{accelerator.num_processes}', other, accelerator, log=lambda line: None,
                   method=MethodSpec(trainer=DoubleTrainer), run_config=RunConfig(compile=compiled))
     return history.loss.tolist(), next(stream.parameters()).detach()
 

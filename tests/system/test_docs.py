@@ -116,6 +116,13 @@ def test_colab_badge_and_copies_only_for_github(tmp_path, capsys):
     assert 'git clone -q --depth 1 https://github.com/someone/vicc ~/repository' in cells[1]['source'] and 'fastcore==2.2.39' in cells[1]['source']
     assert cells[2]['source'] == '#| hide_input\nslider()'
 
+def test_contents_follow_the_map(tmp_path):
+    book = lambda name, text='': pages.Notebook(name, [cell('markdown', f'# Title of {name}\n\n> About{text}')])
+    names = ['00_tour', '01_flow', 'engine/io', 'index', 'run_claims', 'run_pretrain']
+    table = '\n\n[run_claims](run_claims.ipynb) | [run_pretrain](run_pretrain.ipynb) | [run_claims](run_claims.ipynb)'
+    tree = pages.contents([book(name, table if name == 'index' else '') for name in names])
+    assert [line.rpartition('<')[2].rstrip('>') for line in tree.splitlines() if line.endswith('>')] == ['00_tour', '01_flow', 'run_pretrain', 'run_claims', 'engine/io']
+
 def test_check_finds_what_leads_nowhere(tmp_path):
     (tmp_path/'_static').mkdir()
     (tmp_path/'_static'/'a.css').write_text('p {background: url(none.png)}', encoding='utf-8')

@@ -34,7 +34,7 @@ def test_changes_nothing(command, tmp_path):
 
 @pytest.mark.parametrize('notebook', LIBRARY, ids=lambda path: path.stem)
 @pytest.mark.timeout(400)
-def iter_test_videos(notebook):
+def test_runs(notebook):
     result = run('nbdev-test', str(notebook), '--n-workers', '0')
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
 

@@ -15,9 +15,9 @@ from vicc.augment import ViewSettings
 from vicc.engine.checkpoint import checkpoint_folders, rank_files
 from vicc.data import TwoStreamDataset
 from vicc.engine.distributed import Interrupted
-from vicc.trainer import Trainer, StageConfig
+from vicc.trainer import StageConfig, Trainer, train_stage
 from vicc.streams import Stream
-from vicc.trainer import TIMING, RunConfig, fit
+from vicc.engine.fit import TIMING, RunConfig
 
 SETTINGS = StageConfig(epochs=3, schedule_epochs=None, batch_size=4, optimizer='larc', learning_rate=.3, final_learning_rate=1e-3, freeze_prototypes_epochs=1, queue_length=8, queue_start_epoch=0)
 STEPS = 4  # an epoch
@@ -34,7 +34,7 @@ def train(store, folder, stop_at=None, settings=SETTINGS, run_config=RunConfig(s
     if stop_at is not None: unplug(data.frames, stop_at)
     torch.manual_seed(0)
     stream = Dropping('small', 6, 8, {'width': 4})
-    history = fit('flow-1', 'flow', stream, data, settings, folder, accelerator=Accelerator(cpu=True), workers=workers, log=(lines if lines is not None else []).append, run_config=run_config, **values)
+    history = train_stage('flow-1', 'flow', stream, data, settings, folder, accelerator=Accelerator(cpu=True), workers=workers, log=(lines if lines is not None else []).append, run_config=run_config, **values)
     return stream.state_dict(), history.drop(columns=list(TIMING))
 
 @pytest.fixture(scope='module')

@@ -8,15 +8,26 @@ import torch
 import torchvision
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import GOLDEN, golden_weights
 from vicc.backbones import (
-    BACKBONES, PAPER_NAMES, TorchvisionBackbone, count_multiply_adds, count_parameters, create_backbone, list_backbones,
-    register_backbone,
+    BACKBONES, PAPER_NAMES, FeatureGate, SeparableConv, TorchvisionBackbone, create_backbone, list_backbones, register_backbone,
 )
 
 RELEASED = json.loads((GOLDEN/'official_state_dict_keys.json').read_text())['backbones']
 NAMES = ['s3d', 's3dg', 'r21d']
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def count_multiply_adds(network: nn.Module, shape: tuple[int, ...]) -> int:
+    "Of convolutions and matrix products of one forward pass; on the meta device, where nothing is computed."
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network.to('meta').eval()(torch.empty(shape, device='meta'))
+    return counter.get_total_flops()//2
 
 
 def golden_features(name: str, mode: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,11 +135,14 @@ def test_accelerate_resumes(tmp_path):
 @pytest.mark.parametrize('name', [*NAMES, 'small'])
 @pytest.mark.parametrize('size', [(5, 17, 17), (8, 32, 40), (9, 33, 47)])
 def test_shapes(name, size):
-    backbone = create_backbone(name, generator=torch.Generator().manual_seed(0)).eval()
+    torch.manual_seed(0)
+    backbone = create_backbone(name).eval()
     clips = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): feature_map, features = backbone.forward_features(clips), backbone(clips)
     assert feature_map.shape[:2] == features.shape == (2, backbone.num_features)
     assert torch.isfinite(features).all() and torch.allclose(feature_map.mean((2, 3, 4)), features)
+    with torch.no_grad(): other = backbone.to(memory_format=torch.channels_last_3d)(clips)
+    assert (other - features).norm() < 1e-4*features.norm()
 
 
 @pytest.mark.parametrize('size', [(4, 64, 64), (8, 16, 64), (8, 64, 16)])
@@ -136,27 +150,49 @@ def test_shapes(name, size):
 def test_clips_too_small_for_s3d(name, size):
     with torch.device('meta'):
         backbone = create_backbone(name)
-        with pytest.raises(ValueError, match='at least 5×17×17'): backbone(torch.empty(1, 3, *size))
+        with pytest.raises(ValueError, match=r'at least \(5, 17, 17\)'): backbone(torch.empty(1, 3, *size))
 
 
-def test_wrong_clips():
-    backbone = create_backbone('small')
-    for shape in ((1, 2, 8, 32, 32), (3, 8, 32, 32)):
-        with pytest.raises(ValueError, match=r'\[B, 3, T, H, W\]'): backbone(torch.zeros(shape))
-    with pytest.raises(ValueError, match='torch.uint8'): backbone(torch.zeros(1, 3, 8, 32, 32, dtype=torch.uint8))
+def test_same_seed_same_weights():
+    states = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        states.append(create_backbone('s3dg').state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not torch.equal(states[0]['block1.0.conv1.weight'], states[2]['block1.0.conv1.weight'])
 
 
-def test_same_generator_same_weights():
-    backbones = [create_backbone('s3dg', generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
-    first, second, third = (backbone.state_dict() for backbone in backbones)
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert not torch.equal(first['block1.0.conv1.weight'], third['block1.0.conv1.weight'])
+def test_gate():
+    "With W = 0 and b = 0 every gate stands at one half; a large bias opens it fully."
+    gate, x = FeatureGate(4), torch.randn(2, 4, 2, 3, 3)
+    nn.init.zeros_(gate.fc.weight)
+    for bias, share in ((0, .5), (50, 1)):
+        nn.init.constant_(gate.fc.bias, bias)
+        torch.testing.assert_close(gate(x), share*x)
+
+
+@pytest.mark.parametrize('temporal_kernel', [1, 3])
+def test_temporal_kernels_read_the_direction_of_time(temporal_kernel):
+    torch.manual_seed(0)
+    network = create_backbone('small', temporal_kernel=temporal_kernel, temporal_strides=(1, 1, 1, 1)).eval()
+    clip = torch.randn(1, 3, 8, 32, 32)
+    with torch.no_grad(): forwards, backwards = network(clip), network(clip.flip(2))
+    change = (forwards - backwards).norm()/forwards.norm()
+    assert change < 1e-5 if temporal_kernel == 1 else change > 0.01
+
+
+def test_fresh_weights_keep_the_size_of_activations():
+    "He's initialisation: in evaluation mode batch norm does nothing, and the bare weights are at work."
+    torch.manual_seed(0)
+    network, clip = create_backbone('s3d').eval(), torch.randn(2, 3, 8, 48, 48)
+    with torch.no_grad(): assert 0.1 < network.forward_features(clip).square().mean().sqrt() < 10
 
 
 @pytest.mark.parametrize('name', ['s3dg', 'small'])
 def test_training_mode_gradients(name):
     "With batch statistics, on maps of more than one cell: all parameters get gradients, running statistics move."
-    backbone = create_backbone(name, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    backbone = create_backbone(name)
     clips = torch.randn(2, 3, 8, 64, 64, generator=torch.Generator().manual_seed(0))
     target = torch.randn(2, backbone.num_features, generator=torch.Generator().manual_seed(1))
     (backbone(clips)*target).sum().backward()
@@ -184,7 +220,7 @@ def test_every_torchvision_network(name):
         feature_map, features = backbone.forward_features(clips), backbone(clips)
     assert feature_map.ndim == 5 and feature_map.shape[:2] == features.shape == (2, backbone.num_features)
     assert (feature_map.shape[2:].numel() == 1) == ('mvit' in name)
-    published = torchvision.models.get_model_weights(backbone.name).DEFAULT.meta['num_params']
+    published = torchvision.models.get_model_weights(name.removeprefix('torchvision:')).DEFAULT.meta['num_params']
     assert count_parameters(backbone) < published
 
 
@@ -220,13 +256,20 @@ def test_networks_that_take_any_clip(name, size):
 def test_mvit_wants_its_clip_size():
     with torch.device('meta'), torch.no_grad():
         backbone = create_backbone('torchvision:mvit_v2_s').eval()
-        with pytest.raises(ValueError, match=r'\(16, 224, 224\).*not \(16, 64, 64\)'):
+        with pytest.raises(ValueError, match=r'at least \(16, 224, 224\).*not \(16, 64, 64\)'):
             backbone(torch.empty(1, 3, 16, 64, 64))
+
+
+def test_multiply_adds_by_hand():
+    layer = SeparableConv(3, 4)
+    assert count_multiply_adds(layer, (1, 3, 2, 5, 5)) == 2*5*5*(3*3*3*4 + 3*4*4)
+    assert count_multiply_adds(create_backbone('s3d'), (1, 3, 64, 224, 224)) == pytest.approx(71.9e9, rel=1e-3)
 
 
 def test_unknown_names_and_options():
     with pytest.raises(ValueError, match="did you mean 'r21d'.*torchvision:swin3d_t"): create_backbone('r2d1')
-    with pytest.raises(ValueError, match='no option gating'): create_backbone('s3d', gating=True)
+    with pytest.raises(ValueError, match="backbone 's3d', options.*gating"): create_backbone('s3d', gating=True)
+    with pytest.raises(ValueError, match='shorter'): create_backbone('small', temporal_strides=(1, 1))
 
 
 def test_registry(monkeypatch):
@@ -243,7 +286,7 @@ def test_registry(monkeypatch):
     register_backbone('mean', Mean)
     backbone = create_backbone('mean', scale=2)
     assert backbone.scale == 2 and create_backbone(backbone) is backbone and 'mean' in list_backbones()
-    with pytest.raises(ValueError, match='no option width; it has: scale'): create_backbone('mean', width=3)
+    with pytest.raises(ValueError, match='width'): create_backbone('mean', width=3)
     with pytest.raises(ValueError, match="did you mean 'mean'"): create_backbone('means')
     register_backbone('anything', lambda **options: Mean(**options))
     assert create_backbone('anything', scale=4).scale == 4

@@ -4,9 +4,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from vicc.losses import swapped_prediction_loss, view_assignments
-from vicc.prototypes import (
-    ProjectionQueue, Prototypes, agreement, assignment_entropy, normalize_rows, prototypes_in_use, sinkhorn,
-)
+from vicc.prototypes import ProjectionQueue, Prototypes, normalize_rows
 
 def test_no_waiting():
     "Fake tensors have no values, so reading one (as .item() would) raises. A whole step must get through."
@@ -16,13 +14,11 @@ def test_no_waiting():
             prototypes.normalize_()
             projections = [normalize_rows(torch.randn(3, 4, requires_grad=v < 2)) for v in range(4)]
             scores = [prototypes(z) for z in projections]
-            assignments = view_assignments(scores, queue, prototypes.weight, check=False)
+            assignments = view_assignments(scores, queue, prototypes.weight)
             swapped_prediction_loss(scores, assignments).backward()
             queue.push(torch.stack(projections))
-            assignment_entropy(assignments[0]), prototypes_in_use(assignments[0]), agreement(*assignments[:2])
         assert queue.full
-        # the check looks at values: the test can fail
-        with pytest.raises(DataDependentOutputException): sinkhorn(torch.randn(3, 7))
+        with pytest.raises(DataDependentOutputException): assignments[0].sum().item()  # the test can fail
 
 def test_queue_in_safetensors(tmp_path):
     queue = ProjectionQueue(2, 4, 3)

@@ -1,4 +1,4 @@
-"Manifests against the official split lists (skipped where they are not), and what a notebook should not carry."
+"Manifests against the official split lists (skipped where they are not), and tables that are wrong."
 import csv
 import os
 import shutil
@@ -124,9 +124,9 @@ def copied_lists(name, tmp_path, change):
 
 @needs_splits
 @pytest.mark.parametrize('edit, message', [
-    (lambda text: text + text.splitlines()[0] + '\n', "trainlist01.txt: line 9538: 'v_ApplyEyeMakeup_g08_c01.avi' is already in line 1"),
-    (lambda text: text.replace(' 1\n', ' 102\n', 1).replace('\r', ''), "trainlist01.txt: line 1: .* has the number 102, but ApplyEyeMakeup is 1"),
-    (lambda text: text.replace('v_ApplyEyeMakeup_', 'v_Makeup_', 1), "trainlist01.txt: line 1: '.*v_Makeup_g08_c01.avi' is no clip of the 101 classes"),
+    (lambda text: text + text.splitlines()[0] + '\n', "trainlist01.txt: line 9538: '.*v_ApplyEyeMakeup_g08_c01.avi 1' is there twice, or is no line"),
+    (lambda text: text.replace(' 1\n', ' 102\n', 1), "trainlist01.txt: line 1: '.* 102' is there twice, or is no line"),
+    (lambda text: text.replace('v_ApplyEyeMakeup_', 'v_Makeup_', 1), "trainlist01.txt: line 1: '.*v_Makeup_g08_c01.avi 1' is there twice, or is no line"),
     (lambda text: ''.join(text.splitlines(True)[:-1]), 'UCF101 split 1 train must have 9537 videos, found 9536')], ids=['twice', 'label', 'class', 'short'])
 def test_ucf101_changed_list(ucf101, tmp_path, edit, message):
     lists = copied_lists('ucf101_splits', tmp_path, ('trainlist01.txt', lambda text: edit(text.replace('\r\n', '\n'))))
@@ -135,14 +135,14 @@ def test_ucf101_changed_list(ucf101, tmp_path, edit, message):
 
 @needs_splits
 @pytest.mark.parametrize('edit, message', [
-    (lambda text: text + text.splitlines()[0] + '\n', "wave_test_split1.txt: line [0-9]+: '.*' is already in line 1"),
-    (lambda text: text.replace(' 1', ' 3', 1), "wave_test_split1.txt: line [0-9]+: '.* 3 *' is not a name and 0, 1 or 2"),
+    (lambda text: text + text.splitlines()[0] + '\n', "wave_test_split1.txt: line [0-9]+: '.*' is there twice, or is no line"),
+    (lambda text: text.replace(' 1', ' 3', 1), "wave_test_split1.txt: line [0-9]+: '.* 3 *' is there twice, or is no line"),
     (lambda text: text.replace(' 1', ' 0', 1), 'HMDB51 split 1 train must have 3570 videos, found 3569')], ids=['twice', 'mark', 'short'])
 def test_hmdb51_changed_list(hmdb51, tmp_path, edit, message):
     lists = copied_lists('hmdb51_splits', tmp_path, ('wave_test_split1.txt', edit))
     with pytest.raises(ValueError, match=message): manifests.hmdb51_manifest(hmdb51, lists)
     (lists/'wave_test_split1.txt').rename(lists/'waving_test_split1.txt')
-    with pytest.raises(FileNotFoundError, match='holds 50 of the 51 files <class>_test_split1.txt; not there: wave: check'): manifests.hmdb51_manifest(hmdb51, lists)
+    with pytest.raises(FileNotFoundError, match='wave_test_split1.txt does not exist'): manifests.hmdb51_manifest(hmdb51, lists)
 
 
 @needs_splits
@@ -232,7 +232,6 @@ def test_folder_of_real_clips(tmp_path):
     ucf = manifests.ucf101_manifest(clips/'ucf101', 1, 'train', check_counts=False)
     assert ucf.group.tolist() == ['SoccerJuggling_g23', 'SoccerJuggling_g24'] and ucf.label.tolist() == [83, 83]
     manifests.require_videos(hmdb, clips/'hmdb51')
-    assert len(manifests.check_videos(hmdb, clips/"hmdb51")) == 0
     manifests.write_manifest(hmdb, tmp_path/'hmdb.csv')
     pd.testing.assert_frame_equal(manifests.read_manifest(tmp_path/'hmdb.csv'), hmdb)
 
@@ -250,6 +249,25 @@ def test_broken_files_are_listed(tmp_path):
     assert {problem['video'] for problem in manifest.attrs['problems']} == {'a/empty.mp4', 'b/text.mp4', 'loose.mp4'}
     with pytest.raises(ValueError, match='none of 1 videos can be used'): manifests.folder_manifest(tmp_path/'b', labelled=False, probe=video.probe)
     pd.concat([manifest, manifest])  # the list of problems must not be in the way
+
+
+def test_folders(tmp_path):
+    for name in ('walk/1.mp4', 'walk/10.AVI', 'jump/deep/er/1.mkv', 'jump/.hidden.mp4', '.cache/3.mp4', 'jump/notes.txt'):
+        (tmp_path/'toy'/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/'toy'/name).touch()
+    (tmp_path/'toy'/'circle').symlink_to(tmp_path/'toy', target_is_directory=True)
+    toy = manifests.folder_manifest(tmp_path/'toy')
+    assert toy.video.tolist() == ['jump/deep/er/1.mkv', 'walk/1.mp4', 'walk/10.AVI'] and toy.label.tolist() == [0, 1, 1]
+    assert manifests.folder_manifest(tmp_path/'toy', classes=['walk', 'jump']).label.tolist() == [1, 0, 0]  # the order given
+    assert manifests.folder_manifest(tmp_path/'toy', classes=['walk']).class_name.tolist() == ['walk']*2
+    assert manifests.folder_manifest(tmp_path/'toy', labelled=False).label.tolist() == [-1]*3
+    assert manifests.folder_manifest(tmp_path/'toy', group=r'(\d+)\.').group.tolist() == ['1', '1', '10']
+    for options, message in ((dict(group=r'g(\d+)'), "'jump/deep/er/1.mkv' has no group"), (dict(group=r'\d'), 'no capture groups'),
+                             (dict(classes=['walk', 'run']), 'class folders jump, walk, wanted are walk, run: sort')):
+        with pytest.raises(ValueError, match=message): manifests.folder_manifest(tmp_path/'toy', **options)
+    (tmp_path/'empty').mkdir()
+    for name, message in (('toy/walk', 'use labelled=False'), ('empty', 'holds no video'), ('nowhere', 'there is no folder')):
+        with pytest.raises((ValueError, FileNotFoundError), match=message): manifests.folder_manifest(tmp_path/name)
 
 
 def test_names_that_are_not_text(tmp_path):
@@ -314,4 +332,100 @@ def test_large_table_is_quick(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         manifests.write_manifest(rows, tmp_path/'big.csv')
-        assert len(manifests.read_manifest(tmp_path/'big.csv', num_classes=400)) == 20_000
+        assert len(manifests.read_manifest(tmp_path/'big.csv')) == 20_000
+
+
+# --- tables that are wrong, and what is said
+
+
+@pytest.mark.parametrize('columns, message', [
+    *((dict(video=['a.mp4', path]), 'row 3, column video: .* is no plain path') for path in ('', '.', '/data/a.mp4', 'C:/a.mp4', 'run/../../a.mp4', '..', 'run\\a.mp4', 'run//a.mp4', './b.mp4', 'run/')),
+    (dict(video=['a.mp4', 'a.mp4']), "row 3, column video: 'a.mp4' is there twice"),
+    (dict(video=['a.mp4', 'a.mp4\0.txt']), 'row 3, column video: .* has a character that cannot be printed'),
+    (dict(video=['a.mp4', 'b.mp4'], label=['0', 'run']), "row 3, column label: 'run' is not a whole number"),
+    (dict(video=['a.mp4', 'b.mp4'], label=['0', '0.5']), "row 3, column label: '0.5' is not a whole number"),
+    (dict(video=['a.mp4', 'b.mp4'], label=['-2', '0']), "row 2, column label: '-2' is not a whole number from -1 to 1000000"),
+    (dict(video=['a.mp4', 'b.mp4'], label=['1e12', '0']), "row 2, column label: '1e12' is not a whole"),
+    (dict(video=['a.mp4', 'b.mp4'], fps=['inf', '0']), "row 2, column fps: 'inf' is not a number from 0"),
+    (dict(video=['a.mp4', 'b.mp4'], label=[0, 0], class_name=['run', 'Run']), "row 3, column class_name: 'Run' differs from an earlier row"),
+    (dict(video=['a.mp4', 'b.mp4'], label=[0, 1], class_name=['run', 'run']), 'row 3, column label: 1 differs from an earlier row'),
+    (dict(path=['a.mp4']), r'no column video \(but path\)'), (dict(video=[]), 'has no rows')])
+def test_wrong_tables(columns, message):
+    with pytest.raises(ValueError, match=message): manifests.check_manifest(pd.DataFrame(columns))
+
+
+def test_names_with_dots_are_plain(): manifests.check_manifest(pd.DataFrame(dict(video=['...', '.a/..b/c...mp4'])))
+
+
+def test_a_table_is_filled_in():
+    given = pd.DataFrame({'video': ['a.mp4', 'b.mp4', 'c.mp4', 'd.mp4'], 'label': ['3', ' 4', '', '-1'], 'fps': ['29.97', 'nan', None, 25], 'mine': list('wxyz')})
+    table = manifests.check_manifest(given[::-1])
+    assert list(table.columns) == [*manifests.COLUMNS, 'mine'] and list(table.index) == [0, 1, 2, 3]
+    assert table.label.tolist() == [-1, -1, 4, 3] and table.class_name.tolist() == ['', '', '4', '3'] and table.fps.tolist() == [25, 0, 0, 29.97]
+    manifests.check_manifest(pd.DataFrame({'video': ['a.mp4', 'b.mp4', 'c.mp4'], 'label': [-1, -1, 0], 'class_name': ['', 'run', 'run']}))  # without a label any name will do
+
+
+@pytest.mark.parametrize('text, message', [
+    ('', 'wrong.csv: is empty'), ('video,label\n', 'wrong.csv: has no rows'), ('name,label\na.mp4,1\n', 'no column video'), ('video,video\na.mp4,b.mp4\n', 'appears twice'),
+    ('video,label\na.mp4,1\nb,c.mp4,2\n', 'row 3: has 3 cells, the header has 2'), ('video,label\na.mp4\n', 'row 2: has 1 cells, the header has 2'),
+    ('video,label\na.mp4,one\n', "row 2, column label: 'one' is not a whole"), (b'video\nR\xe9sum\xe9.mp4\n', 'not UTF-8')])
+def test_wrong_files(tmp_path, text, message):
+    (tmp_path/'wrong.csv').write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message): manifests.read_manifest(tmp_path/'wrong.csv')
+
+
+def test_a_file_of_a_spreadsheet(tmp_path):
+    (tmp_path/'m.csv').write_bytes('\ufeffvideo,label\r\na.mp4,1\r\n\r\n'.encode())
+    assert len(manifests.read_manifest(tmp_path/'m.csv')) == 1
+    with pytest.raises(FileNotFoundError, match='none.csv'): manifests.read_manifest(tmp_path/'none.csv')
+
+
+def test_missing_videos_and_links(tmp_path):
+    (tmp_path/'some').mkdir()
+    (tmp_path/'some'/'a.mp4').touch()
+    (tmp_path/'other.mp4').touch()
+    (tmp_path/'some'/'b.mp4').symlink_to(tmp_path/'other.mp4')  # somebody else's file
+    (tmp_path/'same').symlink_to(tmp_path/'some', target_is_directory=True)
+    rows = pd.DataFrame({'video': ['a.mp4', 'b.mp4', 'c.mp4']})
+    manifests.require_videos(rows[:1], tmp_path/'same')
+    manifests.require_videos(rows[:2], tmp_path/'same', follow_links=True)
+    with pytest.raises(FileNotFoundError, match=r'2 of 3 videos .*b.mp4 \(row 3\) is reached by a link that leads out.*c.mp4 \(row 4\) is not there'):
+        manifests.require_videos(rows, tmp_path/'same')
+    with pytest.raises(FileNotFoundError, match='3 of 3 videos cannot be used in .*nowhere'): manifests.require_videos(rows, tmp_path/'nowhere')
+
+
+@pytest.mark.parametrize('make', [manifests.ucf101_manifest, lambda *arguments: manifests.hmdb51_manifest('none', 'none', *arguments[1:])])
+@pytest.mark.parametrize('split, subset', [(4, 'test'), (1, 'val')])
+def test_splits_that_are_not_there(make, split, subset):
+    with pytest.raises(ValueError, match='choose split 1, 2 or 3'): make('none', split, subset)
+
+
+def test_two_files_of_one_name(tmp_path):
+    (tmp_path/'a').mkdir()
+    for name in ('v_YoYo_g01_c01.mp4', 'a/v_yoyo_g01_c01.avi'): (tmp_path/name).touch()
+    with pytest.raises(ValueError, match='have the same name'): manifests.ucf101_manifest(tmp_path, 1, 'test', check_counts=False)
+
+
+@pytest.mark.parametrize('rows, message', [
+    ('zumba,x,twelve,22,train', "row 2, column time_start: 'twelve' is not a whole number"), ('zumba,,12,22,train', 'row 2, column youtube_id: is empty'),
+    ('zumba,x,12,22,train\nzumba,x,12,22,val', "row 3, column youtube_id: 'x_000012_000022' is there twice")])
+def test_wrong_kinetics_tables(tmp_path, rows, message):
+    (tmp_path/'k.csv').write_text(f'label,youtube_id,time_start,time_end,split\n{rows}\n')
+    with pytest.raises(ValueError, match=message): manifests.kinetics_table(tmp_path/'k.csv')
+    (tmp_path/'k.csv').write_text('label,youtube_id\nzumba,x\n')
+    with pytest.raises(ValueError, match='k.csv is not the table of Kinetics: it has no column split'): manifests.kinetics_table(tmp_path/'k.csv')
+
+
+def test_splits_by_group():
+    own = pd.DataFrame([{'video': f'{c}{r}{k}.mp4', 'label': c, 'class_name': f'c{c}', 'group': f'{c}{r}'} for c in range(3) for r in range(4) for k in range(2)])
+    train, test = manifests.split_manifest(own, 0.25)
+    assert manifests.split_manifest(own, 0.25)[1].video.tolist() == test.video.tolist()  # the same seed, the same split
+    assert manifests.split_manifest(own, test_groups=['03'])[1].group.unique().tolist() == ['03']
+    assert manifests.split_manifest(own.assign(group=''), 0.25)[1].groupby('label').size().tolist() == [2]*3  # every video for itself
+    for wrong, message in ((dict(test_groups=['99']), r"unknown: \['99'\]"), (dict(test_groups=[]), '0 of 24 videos'), (dict(test_fraction=1.), 'not in 0 … 1')):
+        with pytest.raises(ValueError, match=message): manifests.split_manifest(own, **wrong)
+    with pytest.raises(ValueError, match='class 0 has a single group'): manifests.split_manifest(own[:2])
+    for other, message in ((test.assign(class_name='act ' + test.class_name), r"test manifest .*: row 2, column class_name: 'act c0' differs"),
+                           (test.assign(label=test.label + 10), 'row 2, column label: 10 differs'), (own, '18 videos are in both manifests')):
+        with pytest.raises(ValueError, match=message): manifests.check_train_test(train, other)
+    with pytest.warns(UserWarning, match='12 groups have videos in both manifests'): manifests.check_train_test(own[::2], own[1::2])

@@ -7,7 +7,6 @@ import hashlib
 import json
 import pickle
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -133,8 +132,8 @@ def test_the_listed_checkpoints_come_back_key_by_key(kind, tmp_path):
     stream = load_released(tmp_path/'file.pth.tar')
     teacher = load_released(tmp_path/'file.pth.tar', 'frozen',
                             num_prototypes=300) if kind == 'cross' else None
-    again = torch.load(export_released(stream, tmp_path/'again.pth.tar', teacher, epoch=7), weights_only=True)
-    assert set(again) == {'epoch', 'state_dict'} and again['epoch'] == 7
+    again = torch.load(export_released(stream, tmp_path/'again.pth.tar', teacher), weights_only=True)
+    assert set(again) == {'epoch', 'state_dict'}
     assert {name: list(tensor.shape) for name, tensor in again['state_dict'].items()} == shapes
     for name, tensor in again['state_dict'].items():
         assert torch.equal(tensor, weights[name]), name
@@ -179,13 +178,15 @@ def test_contrastive_files_without_prototypes(r21d, write, frozen):
     path = write({**momentum, **queues, **encoder_q, **other})
     message = r'left out encoder_k, queue, .*queue_label \(153 tensors\).*300 random ones'
     with pytest.warns(UserWarning, match=message) as caught:
-        stream = load_released(path, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        stream = load_released(path)
     assert len(caught) == 1 and str(path) in str(caught[0].message)
     holds(stream, encoder_q)
     assert tuple(stream.prototypes.weight.shape) == (300, 8)
     torch.testing.assert_close(stream.prototypes.weight.norm(dim=1), torch.ones(300))
     with pytest.warns(UserWarning, match='left out') as caught:
-        again = load_released(path, num_prototypes=300, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        again = load_released(path, num_prototypes=300)
     assert 'random' not in str(caught[0].message)
     assert torch.equal(again.prototypes.weight, stream.prototypes.weight)
     with pytest.warns(UserWarning, match='left out .*no prototypes for the frozen stream: 300 random ones'):
@@ -316,14 +317,12 @@ def test_objects_are_named(r21d, write):
             load_released(write(r21d, args=value))
 
 
-@pytest.mark.parametrize('content,message', [
-    (b'', "not a PyTorch checkpoint"), (b'weights of ViCC, see below\n', "begins with b'weights of ViCC"),
-                                             (b'<!DOCTYPE html><html>', 'web page'),
-    (b'PK\x03\x04' + bytes(1000), 'damaged'), (b'\x80\x02}q\x00.', 'damaged'),
-                                             (b'\x89PNG\r\n', 'not a PyTorch checkpoint')])
-def test_other_files(content, message, tmp_path):
+@pytest.mark.parametrize('content', [b'', b'weights of ViCC, see below\n', b'<!DOCTYPE html><html>', b'PK\x03\x04' + bytes(1000),
+                                     b'\x80\x02}q\x00.', b'\x89PNG\r\n'])
+def test_other_files(content, tmp_path):
     (tmp_path/'notes.pth.tar').write_bytes(content)
-    with pytest.raises(ValueError, match=f'notes.pth.tar.*{message}'): load_released(tmp_path/'notes.pth.tar')
+    with pytest.raises(ValueError, match='notes.pth.tar is damaged or no PyTorch checkpoint'):
+        load_released(tmp_path/'notes.pth.tar')
 
 
 @pytest.mark.parametrize('old', [False, True])
@@ -333,29 +332,25 @@ def test_half_a_download(r21d, tmp_path, share, old):
     torch.save({'state_dict': {name: tensor for name, tensor in r21d.items() if '.0.conv5' not in name}},
                path, _use_new_zipfile_serialization=not old)
     path.write_bytes(path.read_bytes()[:int(share*path.stat().st_size)])
-    with pytest.raises(ValueError, match='half.pth.tar is damaged.*Download it again'): load_released(path)
+    with pytest.raises(ValueError, match='half.pth.tar is damaged.*download it again'): load_released(path)
 
 
 def test_not_a_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match='gone.pth.tar does not exist'):
-        load_released(tmp_path/'gone.pth.tar')
-    with pytest.raises(ValueError, match='is a folder.*load_stream'): load_released(tmp_path)
+    for path in (tmp_path/'gone.pth.tar', tmp_path):
+        with pytest.raises(FileNotFoundError, match='is not a file'): load_released(path)
 
 
-def test_checkpoint_of_another_backbone(r21d, write):
-    with pytest.raises(ValueError, match='file.pth.tar: encoder_q is the network r21d, not s3d'):
-        load_released(write(r21d), backbone='s3d')
+def test_checkpoint_of_another_backbone(write):
     resnet = {f'encoder_q.0.layer{n}.conv1.weight': torch.zeros(1) for n in range(30)}
     with pytest.raises(ValueError, match='encoder_q does not fit .*Missing key.*backbone'):
         load_released(write(resnet))
-    assert load_released(write(r21d), backbone='r21d')
 
 
 def test_missing_extra_and_misshapen_keys(r21d, write):
     def refused(state, message):
         with pytest.raises(ValueError, match=message): load_released(write(state))
     lack = {name: tensor for name, tensor in r21d.items() if '.bn1.' not in name}
-    refused(lack, 'file.pth.tar: encoder_q does not fit r21d .*Missing key.*"backbone.bn1.weight", ')
+    refused(lack, 'file.pth.tar: encoder_q does not fit .*Missing key.*"backbone.bn1.weight", ')
     refused({name: t for name, t in r21d.items() if name != 'encoder_q.4.bias'},
             'Missing key.*: "head.2.bias"')
     refused({name: t for name, t in r21d.items() if not name.startswith('encoder_q.2.')},
@@ -363,10 +358,10 @@ def test_missing_extra_and_misshapen_keys(r21d, write):
     refused({**r21d, 'encoder_q.0.fc.weight': torch.zeros(1)}, 'Unexpected key.*: "backbone.fc.weight"')
     refused({**r21d, 'encoder_q.3.weight': torch.zeros(1)}, 'Unexpected key.*: "3.weight"')
     refused({**r21d, 'final_fc.weight': torch.zeros(1)},
-            '1 tensors that no file of ViCC or CoCLR has: final_fc.weight')
-    refused({**r21d, 'encoder_q': torch.zeros(1)}, 'no file of ViCC or CoCLR has: encoder_q')
+            r"there are \['final_fc.weight'\]")
+    refused({**r21d, 'encoder_q': torch.zeros(1)}, r"there are \['encoder_q'\]")
     refused({f'backbone.{name}': tensor for name, tensor in r21d.items()},
-            'no encoder of ViCC or CoCLR.*there are backbone.encoder_q.0')
+            r"no file of ViCC or CoCLR.*there are \['backbone.encoder_q.0")
     refused({**r21d, 'encoder_q.0.conv1.spatial_conv.weight': torch.zeros(83, 2, 1, 7, 7)},
             r'size mismatch for backbone.conv1.spatial_conv.weight.*\[83, 2, 1, 7, 7\].*\[83, 3, 1, 7, 7\]')
     refused({**r21d, 'encoder_q.2.weight': torch.zeros(())}, 'size mismatch for head.0.weight')
@@ -392,12 +387,12 @@ def test_a_second_name_may_miss_but_not_both(write):
         load(lambda name: not (name.startswith(('block1', 'Conv_1a')) and 'conv' in name))
 
 
-def test_nothing_in_it(write, tmp_path):
-    with pytest.raises(ValueError, match="'state_dict' is empty"): load_released(write({}))
-    for content in ({}, {'epoch': 3}, {'state_dict': None}, {'state_dict': torch.zeros(2)}, [1, 2],
-                    torch.zeros(3)):
+def test_nothing_in_it(tmp_path):
+    for content in ({}, {'epoch': 3}, {'state_dict': {}}, {'state_dict': None}, {'state_dict': torch.zeros(2)}, [1, 2],
+                    {'state_dict': {'encoder_q.0.conv1.weight': 1}}, torch.zeros(3)):
         torch.save(content, tmp_path/'odd.pth.tar')
-        with pytest.raises(ValueError, match='odd.pth.tar'): load_released(tmp_path/'odd.pth.tar')
+        with pytest.raises(ValueError, match="odd.pth.tar.*('state_dict' is no|no file of ViCC)"):
+            load_released(tmp_path/'odd.pth.tar')
 
 
 def test_wrong_wishes(r21d, write):
@@ -411,17 +406,13 @@ def test_wrong_wishes(r21d, write):
 
 
 def test_export_refuses_what_the_released_code_cannot_read(tmp_path):
-    small, other = Stream('small', 4, 8), Stream('s3d', 4, 8)
-    wide, narrow = Stream('r21d', 4, 8), Stream('r21d', 4, 6)
-    path = tmp_path/'file.pth.tar'
-    with pytest.raises(ValueError, match='no SmallBackbone: export streams of s3d, s3dg, r21d'):
-        export_released(small, path)
-    with pytest.raises(ValueError, match='not R21D and R21D with projections of 8 and 6'):
-        export_released(wide, path, narrow)
-    with pytest.raises(ValueError, match='not R21D and S3D'): export_released(wide, path, other)
-    with pytest.raises(FileNotFoundError, match='folder .*gone does not exist'):
+    wide, path = Stream('r21d', 4, 8), tmp_path/'file.pth.tar'
+    with pytest.raises(ValueError, match='no SmallBackbone, only S3D'): export_released(Stream('small', 4, 8), path)
+    for other in (Stream('r21d', 4, 6), Stream('s3d', 4, 8)):
+        with pytest.raises(ValueError, match='one backbone and one projection_dim'): export_released(wide, path, other)
+    with pytest.raises(RuntimeError, match='gone does not exist'):
         export_released(wide, tmp_path/'gone'/'file.pth.tar')
-    with pytest.raises(ValueError, match='is a folder'): export_released(wide, tmp_path)
+    with pytest.raises(OSError, match='[Dd]irectory'): export_released(wide, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -441,14 +432,3 @@ def test_export_of_other_memory_layouts(tmp_path):
     state = torch.load(export_released(stream, tmp_path/'file.pth.tar'), weights_only=True)['state_dict']
     assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in state.values())
     holds(stream, state)
-
-
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize('zipped', [True, False])
-def test_a_name_of_many_letters_is_refused_at_once(tmp_path, zipped):
-    "PyTorch's search through such a name takes minutes."
-    path, code = tmp_path/'file.pth.tar', b'\x80\x02c' + b'a'*400_000 + b'\nb\n.'
-    if zipped:
-        with zipfile.ZipFile(path, 'w') as archive: archive.writestr('archive/data.pkl', code)
-    else: path.write_bytes(code)
-    with pytest.raises(ValueError, match='is damaged'): read_released(path)

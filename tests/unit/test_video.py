@@ -55,9 +55,9 @@ def test_random_access_in_every_container(tmp_path, suffix):
     assert video.probe(path).num_frames == 60
 
 
-@pytest.mark.parametrize('options', [{}, {'codec': 'hevc'}, {'pixel_format': 'yuv444p'}, {'pixel_format': 'gray'}, {'fps': 30000/1001, 'gop': 1}])
+@pytest.mark.parametrize('options', [{}, {'pixel_format': 'yuv444p'}, {'pixel_format': 'gray'}, {'fps': 30000/1001, 'gop': 1}])
 def test_round_trip(tmp_path, options):
-    frames = noise(10, *((128, 160) if options.get('codec') == 'hevc' else (48, 64)))
+    frames = noise(10)
     if options.get('pixel_format') == 'gray': frames = frames[..., 0]
     assert video.write_video(tmp_path/'a.mp4', frames, crf=4, **options) == 10
     read = video.read_frames(tmp_path/'a.mp4')
@@ -83,26 +83,20 @@ def test_same_bytes_in_another_process(tmp_path):
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize('codec, size', [('h264', 48), ('h264', 64), ('h264', 96), ('h264', 112), ('hevc', 128)])
-def test_same_bytes_whatever_lies_on_the_heap(tmp_path, codec, size):
+@pytest.mark.parametrize('size', [48, 64, 96, 112])
+def test_same_bytes_whatever_lies_on_the_heap(tmp_path, size):
     "x264's B-frame search reads memory that it has not written: with B-frames this fails on processors with AVX-512."
     frames, rng, digests = noise(32, size, size), np.random.default_rng(0), set()
-    for _ in range(20 if codec == 'h264' else 5):
+    for _ in range(20):
         garbage = [np.frombuffer(rng.bytes(int(rng.integers(1000, 3_000_000))), np.uint8).copy() for _ in range(8)]
         del garbage
-        video.write_video(tmp_path/'a.mp4', frames, codec=codec, preset='veryfast')
+        video.write_video(tmp_path/'a.mp4', frames, preset='veryfast')
         digests.add(hashlib.sha256((tmp_path/'a.mp4').read_bytes()).hexdigest())
     assert len(digests) == 1
 
 
-def test_small_pictures_are_refused_for_hevc(tmp_path):
-    with pytest.raises(ValueError, match="frames of 48×64 are too small for HEVC"): video.write_video(tmp_path/'a.mp4', noise(2), codec='hevc')
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize('codec', ['h264', 'hevc'])
-def test_every_frame_of_our_files_is_exact(tmp_path, codec):
-    video.write_video(tmp_path/'a.mp4', noise(60, 128, 160), codec=codec, gop=12)
+def test_every_frame_of_our_files_is_exact(tmp_path):
+    video.write_video(tmp_path/'a.mp4', noise(60, 128, 160), gop=12)
     truth = video.read_frames(tmp_path/'a.mp4', reader='pyav')
     for number in range(60): assert np.array_equal(video.read_frames(tmp_path/'a.mp4', [number])[0], truth[number]), number
     for start in range(0, 45): assert np.array_equal(video.read_frames(tmp_path/'a.mp4', np.arange(start, start + 16)), truth[start:start + 16]), start
@@ -181,7 +175,7 @@ def test_turned_video(tmp_path):
         assert read.shape[1:] == (64, 48, 3)
         assert read[0, 16, 36].min() > 200 and read[0, 16, 12].max() < 50 and read[0, 48, 36].max() < 50  # now the upper right
     info = video.probe(tmp_path/'b.mp4')
-    assert (info.width, info.height, info.rotation) == (48, 64, -90)
+    assert (info.width, info.height) == (48, 64)
 
 
 def test_without_decord(tmp_path, monkeypatch):
@@ -189,20 +183,18 @@ def test_without_decord(tmp_path, monkeypatch):
     with_decord = video.read_frames(tmp_path/'a.mp4', [3, 29, 3])
     monkeypatch.setattr(video, 'decord', None)
     assert np.array_equal(video.read_frames(tmp_path/'a.mp4', [3, 29, 3]), with_decord)
-    with pytest.raises(ImportError, match='64-bit Arm'): video.read_frames(tmp_path/'a.mp4', reader='decord')
 
 
 @needs_decord
 def test_decord_is_used_and_refused(tmp_path):
-    video.write_video(tmp_path/'a.mp4', noise(30))
-    video.write_video(tmp_path/'a.avi', noise(30))
-    assert video.read_frames(tmp_path/'a.mp4', [3], reader='decord').shape == (1, 48, 64, 3)
-    with pytest.raises(video.VideoError, match='decord cannot be trusted'): video.read_frames(tmp_path/'a.avi', [3], reader='decord')
+    for name in ('a.mp4', 'a.avi'): video.write_video(tmp_path/name, noise(30))
+    assert video.read_with_decord(tmp_path/'a.mp4', np.array([3])).shape == (1, 48, 64, 3)
+    assert video.read_with_decord(tmp_path/'a.avi', np.array([3])) is None
 
 
-@pytest.mark.parametrize('options, message', [({'codec': 'divx'}, "codec 'divx' is not one of"), ({'pixel_format': 'rgb24'}, "pixel_format 'rgb24'")])
-def test_wrong_options(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message): video.write_video(tmp_path/'a.mp4', noise(2), **options)
+def test_wrong_options(tmp_path):
+    with pytest.raises(ValueError, match="pixel_format 'rgb24'"): video.write_video(tmp_path/'a.mp4', noise(2), pixel_format='rgb24')
+    with pytest.raises(ValueError, match="reader 'decord' is not"): video.read_frames(tmp_path/'a.mp4', reader='decord')
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,16 +22,12 @@ from torch import nn, Tensor
 from .io import atomic_write, disk_errors, one_line
 
 # %% ../../nbs/engine/checkpoint.ipynb #159cba4d
-def checkpoint_folders(
-    folder: Path,  # of all checkpoints of a stage
-) -> list[Path]:  # newest first; also those that are not complete
-    "List the checkpoints of a stage."
+def checkpoint_folders(folder: Path) -> list[Path]:
+    "List the checkpoints in a folder, newest first; also those that are not complete."
     return sorted(folder.glob('step-' + '[0-9]'*9), reverse=True)
 
-def rank_files(
-    folder: Path,  # of one checkpoint
-) -> list[Path]:  # in the order of the ranks; [] if the file of any rank is missing
-    "List the files of a complete checkpoint."
+def rank_files(folder: Path) -> list[Path]:
+    "List the files of a checkpoint in the order of the ranks; none if the file of any rank is missing."
     files = set(folder.glob('rank-*-of-*.pt'))
     expected = [folder/f'rank-{rank}-of-{len(files)}.pt' for rank in range(len(files))]
     return expected if set(expected) == files else []
@@ -43,7 +39,7 @@ def save_checkpoint(
     rank_state: Any,  # what this process alone holds
     accelerator: Accelerator,  # its processes
     keep: int = 2,  # newest checkpoints to keep, 1 or more
-) -> Path:  # the folder of this checkpoint
+) -> None:
     "Write a checkpoint, on all processes together. Raises StorageError for a full disk and the like."
     rank, path = accelerator.process_index, folder/f'step-{step:09d}'
     if accelerator.is_main_process:
@@ -63,13 +59,10 @@ def save_checkpoint(
         complete = [other for other in checkpoint_folders(folder) if rank_files(other)]
         for other in checkpoint_folders(folder):
             if other not in complete[:keep]: shutil.rmtree(other, ignore_errors=True)
-    return path
 
 # %% ../../nbs/engine/checkpoint.ipynb #726a056a
-def verify(
-    folder: Path,  # of one checkpoint
-) -> str | None:  # what is wrong; None: nothing
-    "Compare the files of a checkpoint with their checksums."
+def verify(folder: Path) -> str | None:
+    "Compare the files of a checkpoint with their checksums. Returns what is wrong, or None."
     files = rank_files(folder)
     if not files: return 'a file is missing'
     for path in files:
@@ -80,9 +73,7 @@ def verify(
         if damaged: return f'the content of {path.name} was changed (the checksum of {damaged} is another)'
     return None
 
-def latest_valid(
-    folder: Path,  # of all checkpoints of a stage
-) -> Path | None:  # None: there is none yet
+def latest_valid(folder: Path) -> Path | None:
     "Find the newest valid checkpoint. Warns of damaged ones; raises ValueError if all are damaged or old."
     damaged = []
     for path in checkpoint_folders(folder):
@@ -91,13 +82,11 @@ def latest_valid(
         if problem is None: return path
         damaged.append(f'{path}: {problem}')
         warnings.warn(f'the checkpoint {damaged[-1]}. It is left out; the one before is taken', stacklevel=2)
-    if damaged:
-        raise ValueError(f'every checkpoint is damaged ({"; ".join(damaged)}): delete {folder} to start '
-                         'this stage again, or bring the files back from a copy')
-    if old := sorted([*folder.glob('epoch-*.pt'), *folder.glob('step-*/index.json')]):
-        raise ValueError(f'{old[-1]} is of a checkpoint of an older version of vicc, which this one does not '
-                         f'read: finish with that version, or delete {folder} to start this stage again')
-    return None
+    old = [*folder.glob('epoch-*.pt'), *folder.glob('step-*/index.json')]
+    damaged += [f'{path}: written by an older version of vicc' for path in old]
+    if not damaged: return None
+    raise ValueError(f'every checkpoint is damaged or old ({"; ".join(damaged)}): delete {folder} to start '
+                     'this stage again, or bring the files back from a copy')
 
 def load_checkpoint(
     folder: Path,  # of all checkpoints of a stage
@@ -125,15 +114,11 @@ def load_checkpoint(
         read = {path: torch.load(path, map_location='cpu', weights_only=True) for path in {files[0], own}}
         return read[files[0]]['global_state'], read[own]['rank_state']
     except Exception as error:  # the unpickler raises many kinds for a file that somebody else wrote
-        raise ValueError(f'{own.parent} is not what this version of vicc writes '
-                         f'({type(error).__name__}: {one_line(error)}), though its checksums are right: '
-                         f'delete {own.parent}, if you know where it is from') from error
+        raise ValueError(f'{own.parent} is not what this version of vicc writes ({type(error).__name__}: '
+                         f'{one_line(error)}): delete {own.parent}, if you know where it is from') from error
 
-# %% ../../nbs/engine/checkpoint.ipynb #b1d2e3f4
-def weights_hash(
-    module: nn.Module,  # any network
-) -> str:  # 16 hexadecimal digits
-    "Hash all parameters and buffers: the same for the same weights."
+def weights_hash(module: nn.Module) -> str:
+    "Hash all parameters and buffers (16 hexadecimal digits): the same for the same weights."
     total = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         if not isinstance(value, Tensor): continue

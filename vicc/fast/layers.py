@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAST', 'PLAIN', 'space_to_depth', 'is_factorized', 'Conv3dAs2d', 'max_along', 'separable_max_pool',
            'SeparableMaxPool3d', 'optimize_layers', 'restore_layers', 'fuse_conv_bn', 'inference_copy',
-           'compiler_cache', 'compile_embed', 'mark_step']
+           'compiler_cache', 'compile_embed', 'compile_trainer', 'mark_step']
 
 # %% ../../nbs/fast/layers.ipynb #dd154cf1
 import copy
@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn, Tensor
@@ -29,9 +30,7 @@ def space_to_depth(
     frames = functional.pixel_unshuffle(frames, 2).contiguous(memory_format=torch.channels_last)
     return frames, functional.pixel_unshuffle(functional.pad(weight, (1, 0, 1, 0)), 2)
 
-def is_factorized(
-    conv: nn.Conv3d,
-) -> bool:  # True for 1×k×k with stride 1 in time, and k×1×1 with stride 1 in space
+def is_factorized(conv: nn.Conv3d) -> bool: # 1×k×k with stride 1 in time, or k×1×1 with stride 1 in space
     "Whether `Conv3dAs2d` computes this convolution."
     zeros = conv.padding_mode == 'zeros' and not isinstance(conv.padding, str)
     if conv.groups > 1 or set(conv.dilation) != {1} or not zeros: return False
@@ -102,9 +101,7 @@ def optimize_layers(
         if fits and kind in kinds: layer.__class__ = FAST[kind]
     return network
 
-def restore_layers(
-    network: nn.Module,  # changed in place
-) -> nn.Module:  # the same
+def restore_layers(network: nn.Module) -> nn.Module: # changed in place; the same
     "Undo `optimize_layers`."
     for layer in network.modules():
         if type(layer) in PLAIN: layer.__class__ = PLAIN[type(layer)]
@@ -129,9 +126,7 @@ def fuse_conv_bn(
     return fused
 
 # %% ../../nbs/fast/layers.ipynb #e3c1ea6f
-def inference_copy(
-    network: nn.Module,  # a stream or any network, on its device
-) -> nn.Module:  # in evaluation mode, without gradients
+def inference_copy(network: nn.Module) -> nn.Module: # in evaluation mode, without gradients, on its device
     "Copy a network for inference: the same results to rounding, faster."
     frozen = restore_layers(fuse_conv_bn(network)).to(memory_format=torch.channels_last_3d)
     on_cpu = next(frozen.parameters()).device.type == 'cpu'
@@ -150,18 +145,35 @@ def compiler_cache() -> str:  # a folder
 
 def compile_embed(
     network: nn.Module,  # has `backbone`, which is made fast in place, and `embed`; such as a Stream
-    compiled: bool = True,  # compile; False: only the exchanged layers
-    graphs: bool = True,  # record CUDA graphs; only on a CUDA device, and only if compiled
+    graphs: bool = True,  # record CUDA graphs; only on a CUDA device
     frozen: bool = False,  # the network is not trained: take an inference copy
 ) -> Callable[[Tensor], Tensor]:  # clips [B, 3, T, H, W] to projections [B, D], as `network.embed`
     "Compile `network.embed`. With graphs, call `mark_step` before each step."
     if frozen: network = inference_copy(network)
     optimize_layers(network.backbone)
-    if not compiled: return network.embed
     compiler_cache()
     graphs = graphs and next(network.parameters()).is_cuda
     embed = torch.compile(network.embed, mode='reduce-overhead' if graphs else None, dynamic=False)
     return (lambda clips: embed(clips).clone()) if graphs else embed
+
+def compile_trainer(
+    trainer: Any,  # of vicc.trainer, with its weights loaded
+    graphs: bool = True,  # record CUDA graphs, where they can be recorded
+) -> str:  # folder in which compiled code is kept
+    "Compile both streams of a trainer. Raises ValueError for other methods' networks."
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, 'embed'):
+        raise ValueError(f'compile=True: {type(model).__name__} cannot be compiled, '
+                         'only the method vicc can: set it to false')
+    # several processes hook into the backward pass; chunks add to gradients that a graph would overwrite
+    graphs = graphs and trainer.accelerator.num_processes == 1 and trainer.settings.accumulate == 1
+    trainer.compiled = True
+    model.embed = compile_embed(trainer.stream, graphs=graphs)
+    if trainer.teacher is not None:
+        trainer.teacher_embed = compile_embed(trainer.teacher, graphs=graphs, frozen=True)
+    if trainer.accelerator.device.type == 'cuda':
+        torch.backends.cudnn.benchmark = True  # all batches have one shape
+    return compiler_cache()
 
 def mark_step() -> None:
     "Say that a new step begins: results of recorded graphs may be overwritten."

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Box', 'Row', 'RawClip', 'crop_planes', 'is_supported_frame', 'seek_frames', 'read_planes', 'planes_to_rgb',
-           'copy_clip', 'assemble_clips_reference', 'assemble_clips', 'PackedClips', 'allocate_shared', 'pack_clips']
+           'clip_pixels', 'assemble_clips_reference', 'assemble_clips', 'PackedClips', 'pack_clips']
 
 # %% ../../nbs/fast/planes.ipynb #a6753314
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -57,7 +58,6 @@ def crop_planes(
         out[start:start + height*width].reshape(height, width)[:] = rows[:, left:left + width]
         start += height*width
 
-# %% ../../nbs/fast/planes.ipynb #4e49291f
 def is_supported_frame(
     picture: av.VideoFrame,  # the first of a file
     stream: str,  # 'rgb' or 'flow'
@@ -95,7 +95,6 @@ def seek_frames(
             if number in wanted: yield number, picture
             if number >= last: break
 
-# %% ../../nbs/fast/planes.ipynb #7d53ad5b
 def read_planes(
     container: Any,  # of PyAV, an open video file of a store
     stream: str,  # 'rgb' or 'flow'
@@ -138,22 +137,18 @@ def planes_to_rgb(
 # %% ../../nbs/fast/planes.ipynb #a3343919
 Row = tuple[int, tuple[int, ...], tuple[int, int]]  # of a clip: start in the block, shape, (height, width)
 
-def copy_clip(
-    flat: Tensor,  # uint8 [bytes] of one clip
-    shape: tuple[int, ...],  # of its data
-    size: tuple[int, int],  # height and width, pixels
-    out: list[Tensor],  # pixels [T, H, W, C], or planes [T, H, W] (2 of flow; 3 of RGB, two half as large)
-) -> None:
-    "Copy a clip to the upper left corner of larger frames."
-    (height, width), rows, start = size, flat.view(shape), 0
-    if len(shape) == 4:
-        out[0][:, :height, :width] = rows
-        return
-    for number, plane in enumerate(out):
-        half = 2 if len(out) == 3 and number else 1
-        high, wide = height//half, width//half
-        plane[:, :high, :wide] = rows[:, start:start + high*wide].view(-1, high, wide)
-        start += high*wide
+def clip_pixels(
+    data: Tensor,  # uint8 [bytes] of a batch
+    row: Row,  # of the clip
+    channels: int,  # C: 3 for RGB, 2 for flow
+) -> Tensor:  # uint8 [T, h, w, C]
+    "Pixels of one clip."
+    start, shape, (height, width) = row
+    frames = data[start:start + math.prod(shape)].view(shape)
+    if len(shape) == 4: return frames
+    if channels == 2: return frames.view(-1, 2, height, width).movedim(1, -1)
+    luma, colours = frames[:, :height*width], frames[:, height*width:].reshape(-1, 2, height//2, width//2)
+    return planes_to_rgb(luma.reshape(-1, height, width), *colours.unbind(1))
 
 def assemble_clips_reference(
     data: Tensor,  # uint8 [bytes] of a batch
@@ -162,28 +157,11 @@ def assemble_clips_reference(
 ) -> Tensor:  # uint8 [B, T, H, W, C], black where a clip is smaller
     "`assemble_clips` in plain PyTorch: what the kernel must give, and the way without one."
     height, width = (max(size[axis] for _, _, size in rows) for axis in (0, 1))
-    frames = rows[0][1][0]
-    def full(value: int, *shape: int) -> Tensor:
-        return torch.full((len(rows), frames, *shape), value, dtype=torch.uint8, device=data.device)
-    planar = [len(shape) == 2 for _, shape, _ in rows]
-    planes, pixels = [], None
-    if any(planar):
-        sizes = (128, height//2, width//2) if channels == 3 else (0, height, width)
-        planes = [full(0, height, width)] + [full(*sizes) for _ in range(channels - 1)]
-    if not all(planar): pixels = full(0, height, width, channels)
-    for number, (start, shape, size) in enumerate(rows):
-        out = [plane[number] for plane in planes] if planar[number] else [pixels[number]]
-        copy_clip(data[start:start + int(np.prod(shape))], shape, size, out)
-    if not planes: return pixels
-    if channels == 2: clips = torch.stack(planes, -1)
-    else:
-        few = 32 if data.device.type == 'cpu' else 8*frames  # at a time: a processor's cache, or eight clips
-        chunks = zip(*(plane.flatten(0, 1).split(few) for plane in planes))
-        clips = torch.cat([planes_to_rgb(*chunk) for chunk in chunks]).unflatten(0, planes[0].shape[:2])
-    if pixels is None: return clips
-    return torch.where(torch.tensor(planar, device=clips.device).view(-1, 1, 1, 1, 1), clips, pixels)
+    pixels = data.new_zeros(len(rows), rows[0][1][0], height, width, channels)
+    for clip, row in zip(pixels, rows):
+        clip[:, :row[2][0], :row[2][1]] = clip_pixels(data, row, channels)
+    return pixels
 
-# %% ../../nbs/fast/planes.ipynb #6171c981
 def assemble_clips(
     data: Tensor,  # uint8 [bytes] of a batch
     rows: list[Row],  # of each sample
@@ -194,15 +172,13 @@ def assemble_clips(
     fused = fused_assemble_clips if data.device.type == 'cuda' and planar else None
     return (fused or assemble_clips_reference)(data, rows, channels)
 
+@dataclass
 class PackedClips:
     "The raw clips of a batch, in one block of memory. `batch[:, v]` gives those that view v sees."
-    def __init__(self,
-        data: Tensor,  # uint8 [bytes], clip after clip
-        clips: list[Row],  # where each begins, the shape of its data, its height and width
-        seen: list[list[int]],  # [B][V] number of the clip that a view of a sample sees
-        channels: int,  # C: 3 for RGB, 2 for flow
-    ):
-        self.data, self.clips, self.seen, self.channels = data, clips, seen, channels
+    data: Tensor  # uint8 [bytes], clip after clip
+    clips: list[Row]  # where each begins, the shape of its data, its height and width
+    seen: list[list[int]]  # [B][V] number of the clip that a view of a sample sees
+    channels: int  # C: 3 for RGB, 2 for flow
 
     def __len__(self) -> int: return len(self.seen)
 
@@ -214,24 +190,16 @@ class PackedClips:
 
     def to(self, *arguments: Any, **options: Any) -> 'PackedClips':
         "The same on another device: one copy of one block."
-        return PackedClips(self.data.to(*arguments, **options), self.clips, self.seen, self.channels)
+        return replace(self, data=self.data.to(*arguments, **options))
 
     def pin_memory(self, device: Any = None) -> 'PackedClips':
         "The same in memory that a GPU can read by itself."
-        return PackedClips(self.data.pin_memory(), self.clips, self.seen, self.channels)
+        return replace(self, data=self.data.pin_memory())
 
     def __getitem__(self, key: tuple[slice, int]) -> Tensor:  # uint8 [B, T, H, W, C]
         samples, view = key
         rows = [self.clips[seen[view]] for seen in self.seen[samples]]
         return assemble_clips(self.data, rows, self.channels)
-
-# %% ../../nbs/fast/planes.ipynb #1cc1f5e8
-def allocate_shared(
-    size: int,  # bytes
-) -> Tensor:  # uint8 [bytes], in shared memory if this is a worker process
-    "Memory for a batch."
-    if get_worker_info() is None: return torch.empty(size, dtype=torch.uint8)
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size), 0, (size,), (1,))
 
 def pack_clips(
     samples: list[list[RawClip]],  # of each sample, a clip for each view; one object if two see one clip
@@ -244,7 +212,9 @@ def pack_clips(
     for clip in clips.values():
         rows.append((start, clip.data.shape, (clip.height, clip.width)))
         start += clip.data.size
-    block = allocate_shared(start)
+    block = torch.empty(0, dtype=torch.uint8)  # shared with the trainer if this is a worker process
+    if get_worker_info() is None: block.resize_(start)
+    else: block.set_(torch.UntypedStorage._new_shared(start), 0, (start,), (1,))
     out = block.numpy()
     for clip, (begin, shape, _) in zip(clips.values(), rows):
         out[begin:begin + clip.data.size].reshape(shape)[...] = clip.data

@@ -30,9 +30,7 @@ INTERPRETED = HAS_TRITON and os.environ.get('TRITON_INTERPRET') == '1'  # kernel
 
 _SIZES = ('N', 'H', 'W', 'tiles', 'steps')  # arguments that a kernel is not compiled anew for
 
-def _jit(
-    kernel: Callable,  # a function in Triton's language
-) -> Callable:  # what launches it, or what another kernel calls
+def _jit(kernel: Callable) -> Callable: # a function in Triton's language → what launches it
     "Hand a kernel to Triton, where there is one."
     return triton.jit(kernel, do_not_specialize=_SIZES) if HAS_TRITON else kernel
 
@@ -51,16 +49,14 @@ class TVL1Settings:
     inner_iterations: int = 30  # iterations between two median filters, at most
     outer_iterations: int = 10  # median filters in one warp, at most
     scale_step: float = 0.8  # size of a level relative to the next finer one
-    median: int = 5  # side of the median filter in pixels: 3 or 5; 1: no filter
     check_every: int = 5  # iterations from one look at epsilon to the next, 1 to 8; OpenCV looks after each
 
     def __post_init__(self):
         counts = self.scales, self.warps, self.inner_iterations, self.outer_iterations
         positive = min(counts) >= 1 and min(self.tau, self.lambda_, self.theta) > 0 and self.epsilon >= 0
-        bounded = 0 < self.scale_step < 1 and 1 <= self.check_every <= 8 and self.median in (1, 3, 5)
-        if not (positive and bounded):
+        if not (positive and 0 < self.scale_step < 1 and 1 <= self.check_every <= 8):
             raise ValueError(f'{self}: counts must be at least 1; tau, lambda_ and theta positive; epsilon '
-                             'at least 0; scale_step between 0 and 1; check_every 1 to 8; median 1, 3 or 5')
+                             'at least 0; scale_step between 0 and 1; check_every 1 to 8')
 
 # %% ../../nbs/fast/tvl1.ipynb #78c85a32
 def sample_along(
@@ -79,34 +75,26 @@ def sample_along(
     grid = torch.stack([x / (steps_x / 2) - 1, y / (steps_y / 2) - 1], dim=-1)
     return F.grid_sample(enlarged, grid, mode=mode, padding_mode=padding_mode, align_corners=True)
 
-# %% ../../nbs/fast/tvl1.ipynb #bfd18fb5
-def image_gradient(
-    I: Tensor,  # [N, 1, H, W] image
-) -> Tensor:  # [N, 2, H, W] slope in x and y, grey values per pixel
+def image_gradient(I: Tensor) -> Tensor: # [N, 1, H, W] → [N, 2, H, W] slope in x and y, grey values a pixel
     "Central differences, with the border repeated."
     I = F.pad(I, (1, 1, 1, 1), mode='replicate')
     return torch.cat([I[..., 1:-1, 2:] - I[..., 1:-1, :-2], I[..., 2:, 1:-1] - I[..., :-2, 1:-1]], dim=1) / 2
 
-# %% ../../nbs/fast/tvl1.ipynb #b1f52547
-def forward_gradient(
-    u: Tensor,  # [N, 2, H, W] flow
-) -> Tensor:  # [N, 2, 2, H, W]: component of u, then direction (x, y)
+# %% ../../nbs/fast/tvl1.ipynb #bfd18fb5
+def forward_gradient(u: Tensor) -> Tensor: # [N, 2, H, W] → [N, 2, 2, H, W]: component, then direction
     "Difference to the next pixel; 0 at the last column and row."
     du = u.new_zeros(*u.shape[:2], 2, *u.shape[2:])
     du[:, :, 0, :, :-1] = u[..., 1:] - u[..., :-1]
     du[:, :, 1, :-1] = u[..., 1:, :] - u[..., :-1, :]
     return du
 
-def divergence(
-    p: Tensor,  # [N, 2, 2, H, W] dual variable: component of u, then direction (x, y)
-) -> Tensor:  # [N, 2, H, W]
+def divergence(p: Tensor) -> Tensor: # [N, 2, 2, H, W]: component of u, then direction → [N, 2, H, W]
     "Difference to the previous pixel, in x plus in y; what lies before the first counts as 0."
     div = p.sum(dim=2)
     div[..., 1:] -= p[:, :, 0, :, :-1]
     div[..., 1:, :] -= p[:, :, 1, :-1]
     return div
 
-# %% ../../nbs/fast/tvl1.ipynb #4605f127
 def threshold_step(
     u: Tensor,  # [N, 2, H, W] flow
     rho: Tensor,  # [N, 1, H, W] difference of the images at u, grey values
@@ -117,7 +105,6 @@ def threshold_step(
     squared = gradient.square().sum(dim=1, keepdim=True).clamp(min=1e-12)  # no slope: no step
     return u + (-rho / squared).clamp(-limit, limit) * gradient
 
-# %% ../../nbs/fast/tvl1.ipynb #0dac4706
 def dual_step(
     p: Tensor,  # [N, 2, 2, H, W] dual variable
     u: Tensor,  # [N, 2, H, W] flow
@@ -128,16 +115,12 @@ def dual_step(
     return (p + step * du) / (1 + step * torch.hypot(du[:, :, :1], du[:, :, 1:]))
 
 # %% ../../nbs/fast/tvl1.ipynb #906fb1c9
-def median_filter(
-    images: Tensor,  # [..., H, W] float
-    size: int = 5,  # odd side of the window in pixels
-) -> Tensor:  # [..., H, W]
-    "The median of a size x size window around every pixel, with the border repeated."
+def median_filter(images: Tensor) -> Tensor: # [..., H, W] float → the same shape
+    "The median of the 5×5 pixels around every pixel, with the border repeated."
     height, width = images.shape[-2:]
-    radius = size // 2
-    padded = F.pad(images, (radius,) * 4, mode='replicate')
-    waiting = [padded[..., y:y + height, x:x + width] for y in range(size) for x in range(size)]
-    kept = [waiting.pop() for _ in range(size * size // 2 + 2)] if size > 1 else waiting
+    padded = F.pad(images, (2, 2, 2, 2), mode='replicate')
+    waiting = [padded[..., y:y + height, x:x + width] for y in range(5) for x in range(5)]
+    kept = [waiting.pop() for _ in range(14)]
 
     def sort_two(a: int, b: int) -> None:
         kept[a], kept[b] = torch.minimum(kept[a], kept[b]), torch.maximum(kept[a], kept[b])
@@ -172,7 +155,7 @@ def tvl1_level(
         running = torch.ones(len(u), 1, 1, 1, dtype=torch.bool, device=u.device)
         for iteration in range(s.outer_iterations * s.inner_iterations):
             inner = iteration % s.inner_iterations
-            if inner == 0: u = torch.where(running, median_filter(u, s.median), u)
+            if inner == 0: u = torch.where(running, median_filter(u), u)
             rho = rho_constant + (gradient * u).sum(dim=1, keepdim=True)
             v = threshold_step(u, rho, gradient, s.lambda_ * s.theta)
             new_u = v + s.theta * divergence(p)
@@ -185,7 +168,6 @@ def tvl1_level(
                 if not running.any(): break
     return u
 
-# %% ../../nbs/fast/tvl1.ipynb #e2515a47
 def tvl1_pyramid(
     I: Tensor,  # [N, 1, H, W] frames
     settings: TVL1Settings = TVL1Settings(),  # scales and scale_step count here
@@ -204,7 +186,6 @@ def tvl1_pyramid(
         levels.append(F.grid_sample(above, grid, padding_mode='border', align_corners=True))
     return levels
 
-# %% ../../nbs/fast/tvl1.ipynb #119bdd99
 def tvl1_coarse_to_fine(
     previous: Tensor,  # uint8 [N, H, W]
     following: Tensor,  # uint8 [N, H, W], on the same device
@@ -235,7 +216,6 @@ def _store_rows(image, rows, at, own, W, R: tl.constexpr):
     for r in tl.static_range(R):
         tl.store(image + at + r*W, rows[r].to(image.dtype.element_ty), own[r])
 
-# %% ../../nbs/fast/tvl1.ipynb #b4e86aaa
 @_jit
 def _threshold_rows(u1, u2, rho, gx, gy, inverse, limit, R: tl.constexpr):
     "Step 1: s = clamp(-ρ(u) / |∇I|², -λθ, λθ), with 1/|∇I|² given."
@@ -263,7 +243,6 @@ def _primal_rows(u, s, g, p_x, p_y, left, up, theta, R: tl.constexpr):
         above = p_y[r]
     return new
 
-# %% ../../nbs/fast/tvl1.ipynb #e8ce18d0
 @_jit
 def _dual_rows(u, p_x, p_y, right, down, has_right, y, H, step, R: tl.constexpr):
     "p = (p + τ/θ ∇u) / (1 + τ/θ |∇u|) for one component of the flow."
@@ -290,7 +269,7 @@ def _squared_change(u1, u2, n1, n2, own, R: tl.constexpr):
         total += tl.where(own[r], d1*d1 + d2*d2, 0.)
     return tl.sum(total)
 
-# %% ../../nbs/fast/tvl1.ipynb #61c2f35f
+# %% ../../nbs/fast/tvl1.ipynb #b4e86aaa
 @_jit
 def _is_alive(change, alive, alive_next, side_next, pair, now, N, tiles, threshold, tile,
               FIRST: tl.constexpr, TILES: tl.constexpr):
@@ -306,7 +285,6 @@ def _is_alive(change, alive, alive_next, side_next, pair, now, N, tiles, thresho
         tl.store(side_next + pair, tl.where(runs != 0, 1 - now, now))
     return runs
 
-# %% ../../nbs/fast/tvl1.ipynb #0e23e002
 @_jit
 def _neighbour(index, by: tl.constexpr, size: tl.constexpr, G: tl.constexpr, TW: tl.constexpr):
     "For `tl.gather`: the index `by` further, kept between 0 and size - 1."
@@ -414,26 +392,10 @@ def _pixel(image, y, x, H, W, mask):
     return tl.load(image + row*W + tl.minimum(tl.maximum(x, 0), W - 1), mask, 0.)
 
 @_jit
-def _column3(image, y, x, H, W, mask):
-    return _sort3(_pixel(image, y - 1, x, H, W, mask), _pixel(image, y, x, H, W, mask),
-                 _pixel(image, y + 1, x, H, W, mask))
-
-@_jit
 def _column5(image, y, x, H, W, mask):
     return _sort5(_pixel(image, y - 2, x, H, W, mask), _pixel(image, y - 1, x, H, W, mask),
                  _pixel(image, y, x, H, W, mask),
                  _pixel(image, y + 1, x, H, W, mask), _pixel(image, y + 2, x, H, W, mask))
-
-# %% ../../nbs/fast/tvl1.ipynb #76ac55a1
-@_jit
-def _median3(image, y, x, H, W, mask):
-    "Median of 3×3: of the largest small, the middle middle, the smallest large number of the sorted columns."
-    a0, b0, c0 = _column3(image, y, x - 1, H, W, mask)
-    a1, b1, c1 = _column3(image, y, x, H, W, mask)
-    a2, b2, c2 = _column3(image, y, x + 1, H, W, mask)
-    _, middle, _ = _sort3(b0, b1, b2)
-    _, result, _ = _sort3(tl.maximum(tl.maximum(a0, a1), a2), middle, tl.minimum(tl.minimum(c0, c1), c2))
-    return result
 
 @_jit
 def _median5(image, y, x, H, W, mask):
@@ -454,9 +416,8 @@ def _median5(image, y, x, H, W, mask):
     _, result, _ = _sort3(below, middle, above)
     return result
 
-# %% ../../nbs/fast/tvl1.ipynb #6df43dcc
 @_jit
-def median_kernel(u, u_median, side, alive, N, H, W, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def median_kernel(u, u_median, side, alive, N, H, W, BLOCK: tl.constexpr):
     "Median filter for both components of the flow of pairs that still run. Grid: blocks of pixels × pairs."
     pair = tl.program_id(1)
     px = H*W
@@ -467,9 +428,7 @@ def median_kernel(u, u_median, side, alive, N, H, W, SIZE: tl.constexpr, BLOCK: 
     x = at % W
     for component in tl.static_range(2):
         image = u + ((tl.load(side + pair)*N + pair)*2 + component).to(tl.int64)*px
-        if SIZE == 5: result = _median5(image, y, x, H, W, mask)
-        elif SIZE == 3: result = _median3(image, y, x, H, W, mask)
-        else: result = _pixel(image, y, x, H, W, mask)
+        result = _median5(image, y, x, H, W, mask)
         tl.store(u_median + (pair*2 + component).to(tl.int64)*px + at, result, mask)
 
 # %% ../../nbs/fast/tvl1.ipynb #5b8a854b
@@ -522,11 +481,7 @@ TILE = dict(G=8, R=8, TW=32)  # a tile: G strips of R rows, TW columns
 
 class Workspace:
     "Memory of one level for a batch of pairs; what exists twice is read on one side, written on the other."
-    def __init__(
-        self,
-        u: Tensor,  # [N, 2, H, W] where to start
-        border: int,  # K, iterations in one pass
-    ):
+    def __init__(self, u: Tensor, border: int): # [N, 2, H, W], where to start; K, iterations in one pass
         pairs, _, height, width = u.shape
         self.u = torch.stack([u, u])  # [2, N, 2, H, W]
         self.p = u.new_zeros((2, pairs, 4, height, width), dtype=torch.float16)
@@ -540,15 +495,14 @@ class Workspace:
         self.alive = u.new_ones((2, pairs), dtype=torch.int32)  # for this launch and the next
         self.launches = 0
 
-    def now(self) -> tuple[Tensor, Tensor]:  # alive and side, [N] each
+    def now(self) -> tuple[Tensor, Tensor]: # alive and side, [N] each
         "The state that the next launch reads."
         return self.alive[self.launches % 2], self.side[self.launches % 2]
 
-    def result(self) -> Tensor:  # [N, 2, H, W]
+    def result(self) -> Tensor: # [N, 2, H, W]
         "The flow of each pair, from the side where it is."
         return torch.where(self.now()[1].view(-1, 1, 1, 1) == 1, self.u[1], self.u[0])
 
-# %% ../../nbs/fast/tvl1.ipynb #80ddc908
 @torch.no_grad()
 def fused_level(
     I0: Tensor,  # [N, 1, H, W] previous frames, grey values 0-255
@@ -576,7 +530,7 @@ def fused_level(
         for outer in range(s.outer_iterations):
             if outer and not work.now()[0].any(): break  # the CPU waits here
             alive, side = work.now()
-            median_kernel[flat](work.u, work.u_median, side, alive, *shape, s.median, block)
+            median_kernel[flat](work.u, work.u_median, side, alive, *shape, block)
             for done in range(0, s.inner_iterations, K):
                 alive, side = work.now()
                 work.launches += 1

@@ -19,9 +19,9 @@ from vicc.compare.baselines import (
 )
 from vicc.data import TwoStreamDataset, collate
 from vicc.manifests import read_manifest
-from vicc.trainer import Trainer, StageConfig
+from vicc.trainer import StageConfig, Trainer, train_stage
 from vicc.streams import Stream, load_stream
-from vicc.trainer import TIMING, fit
+from vicc.engine.fit import TIMING
 
 VALUES = dict(key_queue_length=12, key_momentum=.9, temperature=.1)
 SETTINGS = StageConfig(epochs=4, schedule_epochs=None, batch_size=8, optimizer='adamw', learning_rate=2e-3,
@@ -205,8 +205,8 @@ def test_mines_only_from_a_full_queue_and_in_the_other_stream(store, cpu):
 def run(store, cpu, folder, method, other, stop_at=None, lines=None):
     data, trained = clips(store), stream()
     if stop_at is not None: unplug(data.frames, stop_at)
-    history = fit('rgb-2', 'rgb', trained, data, SETTINGS, folder, other, cpu,
-                  log=(lines if lines is not None else []).append, method=method)
+    history = train_stage('rgb-2', 'rgb', trained, data, SETTINGS, folder, other, cpu,
+                          log=(lines if lines is not None else []).append, method=method)
     return trained.state_dict(), history.drop(columns=list(TIMING))
 
 @pytest.mark.parametrize('name', ['infonce', 'coclr'])
@@ -252,7 +252,7 @@ def trained_flat(accelerator, positives, part):
                              group=[f'g{number//2}' for number in range(20)]))
     other = flat_stream(1) if positives == 'mined' else None
     stage = FakeStage('rgb', flat_stream(0), replace(SETTINGS, optimizer='sgd', learning_rate=.1),
-                      SimpleNamespace(rows=rows), accelerator, other, positives=positives, top_k=2, **VALUES)
+                      SimpleNamespace(rows=rows, seed=0), accelerator, other, positives=positives, top_k=2, **VALUES)
     stage.model.train()
     g, metrics = torch.Generator().manual_seed(3), stage.create_metrics()
     for _ in range(4):

@@ -1,7 +1,6 @@
 "A training stage on two processes: one network, two queues, and the same weights after a kill as without one."
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +16,8 @@ def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
     from vicc.augment import ViewSettings
     from vicc.engine.checkpoint import load_checkpoint
     from vicc.data import TwoStreamDataset
-    from vicc.trainer import StageConfig
+    from vicc.trainer import StageConfig, train_stage
     from vicc.streams import Stream
-    from vicc.trainer import fit
     accelerator = Accelerator(cpu=True)
     dataset = TwoStreamDataset(Store(folder/'store'), None, ('flow',), 8, views=ViewSettings(size=16))
     if stop: unplug(dataset.frames, 2*8 + 5)  # in the third epoch: each process reads 8 of the 16 videos an epoch
@@ -27,14 +25,14 @@ def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
                              queue_length=16, queue_start_epoch=0)
     torch.manual_seed(0)
     stream = Stream('small', 8, 16, {'width': 4, 'multipliers': [1, 2], 'spatial_strides': [2, 2], 'temporal_strides': [2, 2]})
-    fit('flow-1', 'flow', stream, dataset, settings, folder/where, accelerator=accelerator, log=lambda line: None)
+    train_stage('flow-1', 'flow', stream, dataset, settings, folder/where, accelerator=accelerator, log=lambda line: None)
     rank_state = load_checkpoint(folder/where, accelerator)[1]
     return stream.state_dict(), rank_state['trainer']['queue']
 
 def work(rank: int, folder: str) -> None:
     "What each process does."
-    from accelerate import Accelerator
-    from vicc.trainer import format_data_errors
+    from accelerate.utils import gather_object
+    from vicc.engine.fit import format_data_errors
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=Path(folder, 'port').read_text(), ACCELERATE_USE_CPU='true')
     torch.set_num_threads(1)
     unbroken = train(Path(folder), 'unbroken', False)
@@ -42,7 +40,7 @@ def work(rank: int, folder: str) -> None:
     except Unplugged: pass
     else: raise AssertionError('was not broken off')
     torch.distributed.barrier()
-    told = format_data_errors(SimpleNamespace(replaced=[(f'{rank}.avi', 'is empty')]), Accelerator(cpu=True))
+    told = format_data_errors(gather_object([(f'{rank}.avi', 'is empty')]))
     torch.save((unbroken, train(Path(folder), 'broken', False), told), Path(folder)/f'{rank}.pt')
 
 @pytest.fixture(scope='module')

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import faulty
@@ -37,7 +38,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_while_preparing(shapes, whole, small_disk):
     (small_disk/'ballast').write_bytes(b'x'*160_000)
-    with pytest.raises(StorageError, match='cannot be written.*make room, then start the same command again') as caught:
+    with pytest.raises(StorageError, match='cannot be written.*make room.*then start the same command again') as caught:
         prepare(shapes['train'], shapes['videos'], small_disk/'store', SETTINGS, **QUIET)
     assert caught.value.errno == errno.ENOSPC
     assert not list(small_disk.rglob('*.part.*')) and not (small_disk/'store'/'manifest.csv').exists()
@@ -96,14 +97,14 @@ def test_links(shapes, tmp_path):
 def test_a_changed_store_is_noticed_and_mended(shapes, whole, tmp_path):
     shutil.copytree(whole.path, tmp_path/'store')
     store = Store(tmp_path/'store')
-    assert store.check().empty and store.check(content=False).empty
+    assert store.check().empty
     first, second, third = (store.file(video, 'flow') for video in store.manifest.video[:3])
     content = bytearray(first.read_bytes())
     content[len(content)//2] ^= 1
     first.write_bytes(content)
     second.write_bytes(second.read_bytes()[:-1])
     third.unlink()
-    assert [text.split(' (')[0] for text in store.check().problem] == ['was changed', f'has {second.stat().st_size} bytes, not {second.stat().st_size + 1}', 'cannot be read']
+    assert [text[:11] for text in store.check().problem] == ['was changed', 'was changed', 'cannot be r']
     assert prepare(shapes['train'], shapes['videos'], tmp_path/'store', SETTINGS, **QUIET).report['videos_made'] == 3  # prepare makes them again
     assert contents(tmp_path/'store') == contents(whole.path) and store.check().empty
     (tmp_path/'store'/'checksums.csv').write_text('a,b\n1,2\n')
@@ -153,3 +154,16 @@ def test_isolated_keeps_its_worker(tmp_path):
     assert pid() == pid() != os.getpid()
     pid.close()
     assert not multiprocessing.active_children()
+
+def test_an_error_that_cannot_be_sent():
+    with WorkerPool() as pool: results = dict(pool.run({1: (faulty.awkward,), 2: (int, 'x'), 3: (abs, -3)}))
+    assert isinstance(results[1], RuntimeError) and str(results[1]) == 'Awkward: odd'
+    assert isinstance(results[2], ValueError) and results[3] == 3
+
+def test_a_pause_of_the_whole_job_is_no_hang():
+    "The parent was silent, or stopped by a cluster: a worker that is just starting, or at work, is not blamed."
+    with WorkerPool(1, Limits(seconds=5)) as pool:
+        results = pool.run({1: (os.abort,), 2: (abs, -2), 3: (time.sleep, 1), 4: (abs, -4)})
+        assert next(results)[1].how == 'crash'
+        time.sleep(5.5)
+        assert [result for _, result in results] == [2, None, 4]

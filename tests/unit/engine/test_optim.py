@@ -5,15 +5,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vicc.engine.optim import LARC, create_optimizer, set_learning_rate
 
 def test_no_waiting():
-    "Fake tensors have no values, so reading one (as .item() or an if would) raises. Both paths must get through."
+    "Fake tensors have no values, so reading one (as .item() or an if would) raises."
     with FakeTensorMode():
-        for foreach in (True, False):
-            network = nn.Linear(5, 3)
-            optimizer = LARC(network.parameters(), foreach=foreach)
-            for _ in range(2):
-                optimizer.zero_grad()
-                network(torch.ones(4, 5)).sum().backward()
-                optimizer.step()
+        network = nn.Linear(5, 3)
+        optimizer = LARC(network.parameters())
+        for _ in range(2):
+            optimizer.zero_grad()
+            network(torch.ones(4, 5)).sum().backward()
+            optimizer.step()
 
 def test_mixed_types():
     "A model with parameters of two types is stepped bundle by bundle."

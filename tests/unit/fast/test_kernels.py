@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import vicc.augment
 import vicc.fast.planes
-from vicc.augment import color_jitter, color_jitter_reference
+import vicc.fast.views
 from vicc.fast.planes import PackedClips, assemble_clips, assemble_clips_reference
+from vicc.fast.views import color_jitter, color_jitter_reference
 
 triton = pytest.importorskip('triton')
 
@@ -52,9 +52,9 @@ import sys
 import torch
 sys.path.insert(0, 'tests/unit/fast')
 from test_kernels import SIZES, jitters, packed
-from vicc.augment import color_jitter_reference
-from vicc.fast.planes import PackedClips, assemble_clips_reference
 from vicc.fast.kernels import fused_assemble_clips, fused_jitter
+from vicc.fast.planes import PackedClips, assemble_clips_reference
+from vicc.fast.views import color_jitter_reference
 for channels in (2, 3):
     for seed, sizes in enumerate(SIZES):
         for frames, gap in ((1, 0), (5, 3)):
@@ -153,7 +153,7 @@ def test_gpu_and_cpu_agree(channels, sizes):
 @pytest.mark.gpu
 @pytest.mark.parametrize('shape', [(5, 3, 2, 1, 1), (9, 3, 4, 128, 128), (5, 3, 3, 70, 66)])
 def test_colours_on_the_gpu_are_those_of_the_cpu(shape):
-    assert vicc.augment.fused_jitter is not None
+    assert vicc.fast.views.fused_jitter is not None
     chosen = jitters(shape, .8)
     on_gpu = color_jitter(*(tensor.cuda() for tensor in chosen)).cpu()
     assert (on_gpu - color_jitter_reference(*chosen)).abs().max() < 5e-6

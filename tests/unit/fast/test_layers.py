@@ -9,8 +9,9 @@ from accelerate.state import AcceleratorState
 
 from vicc.backbones import create_backbone
 from vicc.bench import repeated_rows, small_store
-from vicc.data import TwoStreamDataset, collate
-from vicc.fast.layers import compile_embed, optimize_layers, restore_layers, mark_step
+from vicc.data import TwoStreamDataset, collate, training_loader
+from vicc.engine.fit import warmup
+from vicc.fast.layers import compile_embed, inference_copy, optimize_layers, restore_layers, mark_step
 from vicc.augment import ViewSettings
 from vicc.trainer import Trainer, StageConfig
 from vicc.streams import Stream
@@ -80,9 +81,10 @@ def test_the_other_stream_and_the_names_stay(samples):
     stream = Stream('small', 8, 16, {'width': 8})
     before, kinds = copy.deepcopy(stream.state_dict()), [type(layer) for layer in stream.modules()]
     clips = torch.randn(2, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0))
-    compile_embed(stream, compiled=False, frozen=True)(clips)
+    inference_copy(stream).embed(clips)
     assert [type(layer) for layer in stream.modules()] == kinds  # a frozen stream is copied
-    compile_embed(stream, compiled=False)(clips)
+    optimize_layers(stream.backbone)
+    stream.embed(clips)
     assert [type(layer) for layer in stream.modules()] != kinds
     assert [type(layer) for layer in restore_layers(stream).modules()] == kinds and all(torch.equal(value, before[name]) for name, value in stream.state_dict().items() if 'running' not in name and 'tracked' not in name)
 
@@ -109,3 +111,17 @@ def test_results_of_one_step_live_through_it():
         assert torch.equal(first, kept)
         stream.zero_grad(set_to_none=True)  # the old gradients lie where the graph will write again
         (first + second).sum().backward()
+
+
+def test_warmup_leaves_no_trace(samples, monkeypatch):
+    "Not in the weights, the statistics of batch norm, the optimizer, the generator, the gradients."
+    trainer = new_stage(samples, 'cpu', False)
+    trainer.step(samples[1], 0, trainer.create_metrics())
+    monkeypatch.setattr(trainer, 'compile', lambda: 'nowhere')
+    before, generator, lines = copy.deepcopy(trainer.state_dict()), torch.get_rng_state(), []
+    warmup(trainer, training_loader(samples[0], 8), lines.append)
+    for name, value in trainer.stream.state_dict().items(): assert torch.equal(value, before['stream'][name]), name
+    for number, state in trainer.optimizer.state_dict()['state'].items():
+        for name, value in state.items(): assert torch.equal(value, before['optimizer']['state'][number][name]), name
+    assert torch.equal(torch.get_rng_state(), generator) and len(lines) == 2
+    assert all(parameter.grad is None for parameter in trainer.stream.parameters())

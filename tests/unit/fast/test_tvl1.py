@@ -37,7 +37,7 @@ assert INTERPRETED
 rng = torch.Generator().manual_seed(0)
 I0, I1 = (255*torch.nn.functional.avg_pool2d(torch.rand(2, 1, 21, 38, generator=rng), 3, 1, 1) for _ in range(2))
 u = 0.5*torch.randn(2, 2, 21, 38, generator=rng)
-for settings in (dict(median=3, check_every=3, inner_iterations=7), dict(median=1, check_every=1, inner_iterations=2),
+for settings in (dict(check_every=3, inner_iterations=7), dict(check_every=1, inner_iterations=2),
                  dict(epsilon=0., tau=0.1, lambda_=0.05, theta=0.5, inner_iterations=6)):
     s = TVL1Settings(warps=1, outer_iterations=1, **settings)
     expected, got = tvl1_level(I0, I1, u, s), fused_level(I0, I1, u, s)

@@ -1,0 +1,101 @@
+"What goes on from stage to stage, what starts anew, and what a folder refuses."
+import shutil
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from accelerate import Accelerator
+
+from vicc.alternation import alternate, stage_folder
+from vicc.data import TwoStreamDataset
+from vicc.prepare import prepare
+from vicc.recipe import Recipe
+from vicc.streams import load_stream
+from vicc.synthetic import make_moving_shapes
+from vicc.trainer import MethodSpec, VICC
+
+
+@pytest.fixture(scope='module')
+def recipe():
+    return Recipe.read('demo', single_epochs_rgb=1, single_epochs_flow=2, cross_epochs=1, cycles=1,
+                       single_batch_size=8, cross_batch_size=8, num_prototypes=8)
+
+
+@pytest.fixture(scope='module')
+def store(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('videos')
+    shapes = make_moving_shapes(folder/'shapes', 16, 8)
+    return prepare(shapes['train'], shapes['videos'], folder/'store', recipe.prepare_settings(), workers=0,
+                   log=lambda line: None)
+
+
+@pytest.fixture(scope='module')
+def cpu():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope='module')
+def run(recipe, store, cpu, tmp_path_factory):
+    "Folder and history of a finished run."
+    folder = tmp_path_factory.mktemp('run')/'run'
+    return folder, alternate(recipe, store, folder, accelerator=cpu, log=lambda line: None)
+
+
+@pytest.fixture(scope='module')
+def trained(recipe, run):
+    return {stage.title: load_stream(stage_folder(run[0], number, stage)/'stream')
+            for number, stage in enumerate(recipe.plan())}
+
+
+def test_the_last_stage_alone_is_trained_again_to_the_same_bits(recipe, store, cpu, run):
+    folder, history = run
+    last, lines = folder/'stages'/'03-flow-2-cycle-1', []
+    weights = load_stream(last/'stream').state_dict()
+    shutil.rmtree(last)
+    again = alternate(recipe, store, folder, accelerator=cpu, log=lines.append)
+    assert len(lines) == 1 and list(again.loss) == list(history.loss)
+    for name, value in load_stream(last/'stream').state_dict().items(): assert torch.equal(value, weights[name]), name
+    assert list(pd.read_csv(folder/'log.csv', dtype=str).loss.map(float)) == list(history.loss)
+
+
+def test_prototypes_are_carried_over_and_the_teachers_are_not_used(trained):
+    directions = {title: stream.prototypes.weight.detach() for title, stream in trained.items()}
+    for title, before in (('rgb-2 cycle 1', 'rgb-1'), ('flow-2 cycle 1', 'flow-1')):
+        assert (directions[title] @ directions[before].T).diag().min() > .9
+    assert (directions['rgb-2 cycle 1'] @ directions['flow-1'].T).diag().abs().mean() < .5
+
+
+def test_optimizer_and_queue_are_new_and_the_teacher_is_frozen(recipe, store, cpu, trained):
+    planned = recipe.plan()[2]
+    dataset = TwoStreamDataset(store, store.manifest, ('rgb', 'flow'), recipe.clip_length, recipe.clip_stride,
+                               recipe.view_settings(), recipe.seed)
+    settings = replace(planned.settings, queue_length=16)
+    trainer = VICC.trainer('rgb', trained['rgb-1'].requires_grad_(True), settings, dataset, cpu, trained['flow-1'])
+    assert planned.title == 'rgb-2 cycle 1' and len(trainer.optimizer.state) == 0
+    assert trainer.queue.filled == 0 and len(trainer.queue.projections) == 4
+    assert not trainer.teacher.training and not any(value.requires_grad for value in trainer.teacher.parameters())
+    assert all(value.requires_grad for value in trainer.stream.parameters())
+
+
+@pytest.mark.parametrize('message, change', [
+    ('seed is 0, not 1', dict(seed=1)), ('a run on other videos', dict(rows=12)),
+    ("name was 'vicc', is 'other'", dict(method=MethodSpec('other'))),
+    ('vicc teaches each stream by the other', dict(train=('rgb',))),
+    ('flow_bound is 5.0, not 20.0', dict(flow_bound=20.))], ids=lambda value: value if isinstance(value, str) else '')
+def test_another_run_in_the_folder_is_refused(recipe, store, cpu, run, message, change):
+    options = {name: change[name] for name in ('method', 'train') if name in change}
+    rows = store.manifest[:change['rows']] if 'rows' in change else None
+    values = {name: value for name, value in change.items() if name in Recipe.model_fields}
+    with pytest.raises(ValueError, match=message):
+        alternate(recipe.replace(**values), store, run[0], rows, cpu, **options)
+
+
+def test_r1_of_held_out_videos_is_measured_on_the_way(recipe, store, cpu, tmp_path):
+    watched = recipe.replace(single_epochs_rgb=3, online_every=2, online_fraction=.25)
+    alone = MethodSpec('alone', uses_teacher=False)
+    history = alternate(watched, store, tmp_path/'run', accelerator=cpu, method=alone, train=('rgb',))
+    assert list(history.stage) == ['rgb-1']*3 + ['rgb-2 cycle 1']
+    assert list(history.online_r1.notna()) == [False, True, True, True]
+    trained_on = set(pd.read_csv(tmp_path/'run'/'training_videos.csv').video)
+    assert trained_on < set(store.manifest.video)
