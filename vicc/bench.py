@@ -367,6 +367,7 @@ def create_config(
     "Read recipe and store. Raises ValueError and FileNotFoundError, before any work."
     if unknown := set(values.parts) - set(PARTS):
         raise ValueError(f"unknown part '{min(unknown)}': choose {', '.join(PARTS)}")
+    if values.output: values.output.parent.mkdir(parents=True, exist_ok=True)
     changes = [change.partition('=')[::2] for change in values.set]
     changes = {name: load_yaml(value, f'--set {name}') for name, value in changes}
     recipe = Recipe.read(values.recipe, **changes)

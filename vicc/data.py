@@ -240,24 +240,28 @@ class TestClips(Dataset):
         min_frames: int = 18,  # shorter videos give no clip
         cache_gib: float = 1.0,  # memory for decoded frames, GiB
         stride: int = 1,  # frames from one to the next, as in training
+        min_side: int = 0,  # pixels; smaller videos give no clip
     ):
         self.rows = (store.manifest if rows is None else rows).reset_index(drop=True)
         self.stream, self.frames = stream, FrameReader(store, self.rows, (stream,), cache_gib)
-        self.clips, self.too_short = [], []  # too_short: videos that are left out
+        self.clips, self.too_short, self.too_small = [], [], []  # the last two: videos that are left out
         shortest, step = -(-min_frames//stride), max(1, step//stride)
-        for number, (video, count) in enumerate(zip(self.rows.video, self.rows.num_frames)):
+        sides = self.rows[['height', 'width']].min(axis=1)
+        for number, (video, count, side) in enumerate(zip(self.rows.video, self.rows.num_frames, sides)):
             clips = stride*test_clip_indices(-(-int(count)//stride), clip_length, step, shortest)
             if not len(clips): self.too_short.append(video)
-            self.clips += [(number, indices) for indices in clips]
+            elif side < min_side: self.too_small.append(video)
+            else: self.clips += [(number, indices) for indices in clips]
         if not self.clips:
-            raise ValueError(f'all {len(self.rows)} videos have fewer than {min_frames} frames: '
+            small = f' or a side below {min_side} pixels (test_crop)' if self.too_small else ''
+            raise ValueError(f'all {len(self.rows)} videos have fewer than {min_frames} frames{small}: '
                              'there is nothing to evaluate')
 
     def __len__(self) -> int: return len(self.clips)
 
     def kept_rows(self) -> pd.DataFrame:
         "The rows of the videos that have clips."
-        return self.rows[~self.rows.video.isin(self.too_short)].reset_index(drop=True)
+        return self.rows[~self.rows.video.isin(self.too_short + self.too_small)].reset_index(drop=True)
 
     def __getitem__(self, clip: int) -> dict[str, Any]:  # 'video', 'size' (H, W), stream: [T, H, W, C]
         number, indices = self.clips[clip]

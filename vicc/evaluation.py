@@ -183,16 +183,21 @@ def extract_features(
 def video_features(
     stream: Stream,  # of RGB
     path: str | os.PathLike,  # video file
-    clip_length: int = 32,  # T, frames
-    stride: int = 1,  # frames from one to the next
-    size: int = 128,  # height and width of a view, pixels
+    clip_length: int | None = None,  # T, frames; None, here and below: as the stream was trained
+    stride: int | None = None,  # frames from one to the next
+    size: int | None = None,  # height and width of a view, pixels
     step: int = 15,  # frames from one clip's start to the next
 ) -> Tensor:  # [F] float32 on the CPU
     """Compute the feature of one video file: clip features of length 1, averaged.
 
-    A video shorter than a clip is repeated. Memory does not depend on the length of the video: it is read clip
-    by clip. Raises FileNotFoundError and VideoError."""
-    device, settings = next(stream.parameters()).device, ViewSettings(size=size)
+    A video shorter than a clip is repeated. Memory does not depend on the length of the video: it is read
+    clip by clip. Raises FileNotFoundError, VideoError, and ValueError for a stream of flow."""
+    if stream.trained_on.modality == 'flow':
+        raise ValueError(f'this stream was trained on flow, and {path} has RGB frames only: '
+                         'compute its flow with vicc prepare, and evaluate it with vicc evaluate')
+    clip_length, stride = clip_length or stream.trained_on.clip_length, stride or stream.trained_on.stride
+    device = next(stream.parameters()).device
+    settings = ViewSettings(size=size or stream.trained_on.view_size)
     network, features = inference_copy(stream.eval()), []
 
     def make_view(clip: np.ndarray) -> Tensor:
@@ -200,7 +205,7 @@ def video_features(
         return apply_view(torch.from_numpy(clip)[None].to(device), choices, settings, 'rgb')
 
     views = map(make_view, iter_clips(path, clip_length, stride, step))
-    while batch := list(islice(views, 8)):
+    while batch := list(islice(views, 2)):  # few at a time: activations take most of the memory
         features.append(F.normalize(network.features(torch.cat(batch)).float(), dim=1))
     return torch.cat(features).mean(0).cpu()
 
@@ -212,8 +217,11 @@ def quick_probe(
     test_labels: Tensor,  # int [M]
     epochs: int = 100,  # the learning rate falls to a tenth after 60 % and 80 % of them
 ) -> tuple[float, Tensor]:  # accuracy 0–1 on the test videos, and their probabilities [M, classes]
-    "Accuracy of a linear classifier on frozen features."
-    classes, width = int(max(train_labels.max(), test_labels.max())) + 1, train_features.shape[1]
+    "Accuracy of a linear classifier on frozen features. Labels may have gaps: column c is the c-th of them."
+    known, numbers = torch.cat([train_labels, test_labels]).unique(return_inverse=True)
+    if known[0] < 0: raise ValueError('some videos have no label: leave them out')
+    train_labels, test_labels = numbers.split([len(train_labels), len(test_labels)])
+    classes, width = len(known), train_features.shape[1]
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -275,6 +283,7 @@ def evaluate_stream(
     **options: Any,  # cache, device, workers, …: see cached_features
 ) -> tuple[dict[str, float], dict[str, Tensor]]:  # 'R@1', …, 'quick probe' (0–1); features of both sets
     "Retrieval and quick probe of one stream. Raises ValueError for clips that do not fit."
+    stream.check_modality(name)
     sets = {'gallery': gallery, 'queries': queries}
     for what, clips in sets.items():
         if clips.stream != name: raise ValueError(f"the {what} clips are of '{clips.stream}', not '{name}'")

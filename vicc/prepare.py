@@ -356,9 +356,10 @@ def init_store(
         raise ValueError(f'{store} was made with other settings ({different}): '
                          'choose another folder, or the settings it has')
     versions = {name: package_version(name) for name in ('av', 'opencv-contrib-python-headless', 'numpy')}
-    new = dict(settings=old, hash=settings.hash, versions=versions) | record | dict(settings=old)
+    known = record | dict(settings=old)
+    new = dict(known) if record else dict(settings=old, hash=settings.hash, versions=versions)
     if backend: new['flow_made_by'] = sorted({*record.get('flow_made_by', []), backend})
-    if record and new == record | dict(settings=old): return
+    if record and new == known: return
     with disk_errors(store): store.mkdir(parents=True, exist_ok=True)
     write_text(store/'settings.json', json.dumps(new, indent=2))
 
@@ -402,14 +403,16 @@ def already_prepared(
 def check_rows(
     rows: pd.DataFrame,  # the videos wanted
     store: Path,  # the store's folder
-) -> None:
-    "Raises ValueError for rows that do not fit each other or those of the store."
+) -> dict[str, str]:  # video → the earlier one whose files would have the same names
+    "Compare rows with each other and those of the store. Raises ValueError where classes do not fit."
     earlier = read_manifest(store/'manifest.csv') if (store/'manifest.csv').is_file() else rows[:0]
     together = pd.concat([earlier[~earlier.video.isin(rows.video)], rows])
     check_names(together, f'the manifest (earlier: that of {store})')
-    names = together.video.map(lambda video: str(PurePosixPath(video).with_suffix('.mp4')))
-    twice = names[names.duplicated()]
-    if len(twice): raise ValueError(f'two videos would share the name {twice.iloc[0]} in {store}: rename one')
+    taken, problems = {}, {}
+    for video in together.video:
+        first = taken.setdefault(PurePosixPath(video).with_suffix('.mp4'), video)
+        if first != video: problems[video] = f'{video} would have the name of {first} in a store: rename it'
+    return problems
 
 def run_tasks(
     tasks: dict[str, tuple],  # video → arguments of prepare_video
@@ -511,8 +514,9 @@ def prepare(
 ) -> Store | None:  # opened; None for a shard while others are still at work
     """Turn videos into a store of RGB and flow video files; go on where an earlier run was stopped.
 
-    Raises FileNotFoundError for missing videos and ValueError for other settings, both before any work; at
-    the end ValueError if more than `max_failed` of all videos are of no use; StorageError for a full disk.
+    Videos that are missing or of no use are set aside and counted. Raises FileNotFoundError if more than
+    `max_failed` of all are missing, and ValueError for other settings, both before any work; ValueError at
+    the end if more than `max_failed` are of no use; StorageError for a full disk.
     """
     if not 0 <= shard < num_shards: raise ValueError(f'shard {shard} of {num_shards}: count from 0')
     rows = check_manifest(manifest) if isinstance(manifest, pd.DataFrame) else read_manifest(manifest)
@@ -520,15 +524,16 @@ def prepare(
     known = read_checksums(store)
     done = already_prepared(store, rows.video, known)
     missing = rows[~rows.video.isin(done)]
-    require_videos(missing, videos, follow_links)
-    check_rows(rows, store)
+    set_aside = require_videos(missing, videos, follow_links, int(max_failed*len(rows)))
+    set_aside |= check_rows(rows, store)
     backend = choose_backend('auto', device) if settings.flow_method == 'tvl1' else 'opencv'
     init_store(store, settings, f'{backend} on {device}' if len(missing) else None)
     if not len(missing) and not os.access(store, os.W_OK): return Store(store)  # on a read-only disk
     remove_partial_files(store)
     start, mine = time.monotonic(), rows.video[shard::num_shards]
-    results, problems, tasks = {video: done[video] for video in mine if video in done}, {}, {}
-    for video in mine[~mine.isin(done)]:
+    results, tasks = {video: done[video] for video in mine if video in done}, {}
+    problems = {video: set_aside[video] for video in mine if video in set_aside}
+    for video in mine[~mine.isin([*done, *set_aside])]:
         tasks[video] = videos/video, stored_paths(store, video), settings, device, known.get(video)
     work = run_tasks(tasks, available_cpus() if workers is None else workers, limits)
     for video, result in tqdm(work, 'prepared', len(tasks), unit=' videos', mininterval=10, delay=10):

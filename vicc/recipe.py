@@ -190,7 +190,12 @@ class Recipe(RunConfig, frozen=True, extra='forbid', allow_inf_nan=False):
     def test_clips(self, store: Store, rows: pd.DataFrame, stream: str) -> TestClips:
         "All test clips of some videos of a store; stream is 'rgb' or 'flow'."
         sizes = self.clip_length, self.test_step, self.min_frames, self.cache_gib, self.clip_stride
-        return TestClips(store, rows, stream, *sizes)
+        return TestClips(store, rows, stream, *sizes, self.test_crop)
+
+    def trained_on(self, stream: str) -> dict[str, Any]:
+        "What a stream, 'rgb' or 'flow', is trained on: see vicc.streams.TrainedOn."
+        return dict(modality=stream, clip_length=self.clip_length, stride=self.clip_stride,
+                    view_size=self.view_size)
 
     def check_store(self, store: Store) -> None:
         "Raises ValueError for a store that was made with other settings."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAVED_FILES', 'STREAM_CHECKSUMS', 'MAX_CONFIG_BYTES', 'NUMPY_SCALARS', 'RELEASED_ENCODERS', 'NOT_NEEDED',
-           'RELEASED_MODULES', 'Stream', 'save_stream', 'load_saved', 'load_stream', 'read_released', 'split_released',
-           'load_released', 'export_released']
+           'RELEASED_MODULES', 'TrainedOn', 'Stream', 'save_stream', 'load_saved', 'load_stream', 'read_released',
+           'split_released', 'load_released', 'load_for', 'export_released']
 
 # %% ../nbs/engine/streams.ipynb #acd5c056
 import copy
@@ -18,11 +18,12 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from pydantic import BaseModel, Field
 from safetensors.torch import load_model
 from torch import nn, Tensor
 
@@ -31,6 +32,13 @@ from .engine.io import atomic_write, disk_errors, file_digest, one_line, read_js
 from .prototypes import normalize_rows, ProjectionHead, Prototypes
 
 # %% ../nbs/engine/streams.ipynb #adb975cf
+class TrainedOn(BaseModel, frozen=True, extra='forbid', strict=True):
+    "The clips that a stream was trained on; the defaults are the paper's."
+    modality: Literal['rgb', 'flow'] | None = None  # None: not recorded
+    clip_length: Annotated[int, Field(ge=1, le=10**4)] = 32  # T, frames
+    stride: Annotated[int, Field(ge=1, le=10**4)] = 1  # frames from one to the next
+    view_size: Annotated[int, Field(ge=1, le=2**13)] = 128  # height and width of a view, pixels
+
 class Stream(nn.Module, PyTorchModelHubMixin, library_name='vicc',
              coders={nn.Module: (lambda module: type(module).__name__, create_backbone)}):
     """One stream of ViCC. Source: ViCC, Section 3.
@@ -42,8 +50,10 @@ class Stream(nn.Module, PyTorchModelHubMixin, library_name='vicc',
         num_prototypes: int = 300,  # K
         projection_dim: int = 128,  # D
         backbone_options: dict | None = None,  # keyword arguments of create_backbone
+        trained_on: dict | None = None,  # values of TrainedOn; None: not recorded
     ):
         super().__init__()
+        self.trained_on = TrainedOn(**(trained_on or {}))
         if isinstance(backbone, str): backbone = create_backbone(backbone, **(backbone_options or {}))
         self.backbone, self.num_features = backbone, backbone.num_features  # F, the length of a feature
         self.head = ProjectionHead(self.num_features, projection_dim)
@@ -52,6 +62,15 @@ class Stream(nn.Module, PyTorchModelHubMixin, library_name='vicc',
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **options: Any) -> 'Stream':
         return super()._from_pretrained(strict=strict, **options)  # a missing tensor is an error
+
+    def check_modality(self,
+        modality: str,  # what it is given: 'rgb' or 'flow'
+        name: str | os.PathLike = 'this stream',  # for the message
+    ) -> None:
+        "Raises ValueError if the stream was trained on the other modality."
+        recorded = self.trained_on.modality
+        if recorded in (None, modality): return
+        raise ValueError(f'{name} was trained on {recorded}, not on {modality}: give it {recorded} clips')
 
     def features(self,
         clips: Tensor,  # [B, 3, T, H, W] float, normalised
@@ -257,6 +276,15 @@ def load_released(
                          f'({one_line(error, 400)})') from error
     _check_finite(network, Path(path))
     return network.eval()
+
+def load_for(
+    modality: str,  # what it will be given: 'rgb' or 'flow'
+    path: str | os.PathLike,  # folder of a saved stream, or a released file
+) -> Stream:  # in eval mode, on the CPU
+    "Load a stream, saved or released. Raises ValueError also if it was trained on the other modality."
+    stream = load_released(path) if Path(path).is_file() else load_stream(path)
+    stream.check_modality(modality, path)
+    return stream
 
 # %% ../nbs/engine/streams.ipynb #5c4f42d0
 def _released_tensors(stream: Stream) -> dict[str, Tensor]:

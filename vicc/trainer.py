@@ -68,7 +68,7 @@ class StageConfig:
 
 # what a stage can go on with in another way
 OVERRIDABLE = {field.name for field in fields(StageConfig)} | {'precision'}
-OVERRIDABLE -= {'epochs', 'batch_size', 'optimizer', 'queue_length'}
+OVERRIDABLE -= {'batch_size', 'optimizer', 'queue_length'}
 
 # %% ../nbs/07_trainer.ipynb #89a5a59e
 class OnlineNetwork(nn.Module):

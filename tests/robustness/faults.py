@@ -496,7 +496,7 @@ OPENING = """# Faults: what a training bears
 **How it was tried.** A tiny recipe (16 moving shapes, four stages, 40 steps, a checkpoint at every step) was trained once in peace. Then it was trained again for each fault of the list below: the fault, a look at what the run said, a repair
 where one is needed, and the same command once more. Weights of all stages and all of `log.csv` but its times were compared with the unbroken run.
 
-Everything here was made by one command, which takes about a quarter of an hour on two cores. This notebook only reads `faults.csv`, which it wrote:
+Everything here was made by one command, which takes some minutes on two cores. This notebook only reads `faults.csv`, which it wrote:
 
 `python tests/robustness/faults.py nbs/results`
 
@@ -513,21 +513,28 @@ from vicc.viz.plots import RIGHT, WRONG, new_figure
 
 folder = Path() if Path('faults.csv').is_file() else find_project()/'nbs'/'results'
 faults = pd.read_csv(folder/'faults.csv', keep_default_na=False).set_index('fault')
-questions = {'said so': faults.said_so, 'ended as wanted': faults.exit_as_wanted, 'went on': faults.went_on.map({'by itself': 'True', 'same command': 'True', 'no': 'False', '': ''}), 'ends identical': faults.identical}
+went_on = faults.went_on.map({'by itself': 'True', 'same command': 'True', 'no': 'False', '': ''})
+questions = {'said so': faults.said_so, 'ended as wanted': faults.exit_as_wanted, 'went on': went_on,
+             'ends identical': faults.identical}
 answers = pd.DataFrame(questions).astype(str)
 tried = ~faults.said.str.startswith('skipped')
 met = (answers != 'False').all(axis=1) & tried
-print(f'{tried.sum()} of {len(faults)} faults were tried on {faults.machine.iloc[0]}, in {faults.seconds.sum()/60:.0f} minutes; {met.sum()} ended as wanted in every respect')"""
+print(f'{tried.sum()} of {len(faults)} faults were tried on {faults.machine.iloc[0]}, in '
+      f'{faults.seconds.sum()/60:.0f} minutes; {met.sum()} ended as wanted in every respect')"""
 
 PICTURE = """figure = new_figure(7, .26*len(answers) + .8)
 axis = figure.subplots()
 colours, words = {'True': RIGHT, 'False': WRONG, '': '0.88'}, {'True': 'yes', 'False': 'no', '': 'not asked'}
-axis.imshow(np.array([[to_rgb(colours[answer]) for answer in row] for row in answers.to_numpy()]), aspect='auto')
+pixels = [to_rgb(colours[answer]) for answer in answers.to_numpy().flat]
+axis.imshow(np.reshape(pixels, (*answers.shape, 3)), aspect='auto')
 for row, column in np.ndindex(answers.shape):
     answer = answers.iat[row, column]
-    axis.text(column, row, words[answer], ha='center', va='center', color='white' if answer else '0.4', fontsize=8)
-axis.set_xticks(range(len(answers.columns)), answers.columns); axis.set_yticks(range(len(answers)), answers.index)
-axis.set_xticks(np.arange(.5, len(answers.columns) - 1), minor=True); axis.set_yticks(np.arange(.5, len(answers) - 1), minor=True)
+    ink = 'white' if answer else '0.4'
+    axis.text(column, row, words[answer], ha='center', va='center', color=ink, fontsize=8)
+axis.set_xticks(range(len(answers.columns)), answers.columns)
+axis.set_yticks(range(len(answers)), answers.index)
+axis.set_xticks(np.arange(.5, len(answers.columns) - 1), minor=True)
+axis.set_yticks(np.arange(.5, len(answers) - 1), minor=True)
 axis.grid(which='minor', color='white', linewidth=2)
 axis.tick_params(which='both', length=0, labeltop=True, labelbottom=False)
 for spine in axis.spines.values(): spine.set_visible(False)
@@ -536,17 +543,25 @@ figure"""
 TABLE = """def shade(value: object) -> str:
     "Blue for yes, vermilion for no, as in the picture."
     good = str(value) in ('True', 'by itself', 'same command')
-    return f'color: {RIGHT if good else WRONG}; font-weight: bold' if good or str(value) in ('False', 'no') else ''
+    if not good and str(value) not in ('False', 'no'): return ''
+    return f'color: {RIGHT if good else WRONG}; font-weight: bold'
 
-shown = faults[['said', 'exit_code', 'said_so', 'exit_as_wanted', 'sound_checkpoints', 'went_on', 'identical', 'seconds']]
-shown = shown.rename(columns={'said': 'what the run said', 'exit_code': 'exit code', 'said_so': 'said so', 'exit_as_wanted': 'as wanted', 'sound_checkpoints': 'sound checkpoints', 'went_on': 'went on'})
-style = shown.style.map(shade, subset=['said so', 'as wanted', 'went on', 'identical']).format({'seconds': '{:.0f}', 'what the run said': '{}'}, escape='html')
-style.set_properties(subset=['what the run said'], **{'text-align': 'left', 'max-width': '32em', 'white-space': 'normal'})
-style.set_table_styles([{'selector': 'th.row_heading', 'props': 'text-align: left; white-space: normal; max-width: 10em'}, {'selector': 'td', 'props': 'vertical-align: top'}])"""
+names = dict(said='what the run said', exit_code='exit code', said_so='said so', exit_as_wanted='as wanted',
+             sound_checkpoints='sound checkpoints', went_on='went on', identical='identical',
+             seconds='seconds')
+style = faults[list(names)].rename(columns=names).style
+style.map(shade, subset=['said so', 'as wanted', 'went on', 'identical'])
+style.format({'seconds': '{:.0f}', 'what the run said': '{}'}, escape='html')
+wide = {'text-align': 'left', 'max-width': '32em', 'white-space': 'normal'}
+style.set_properties(subset=['what the run said'], **wide)
+heading = 'text-align: left; white-space: normal; max-width: 10em'
+style.set_table_styles([dict(selector='th.row_heading', props=heading),
+                        dict(selector='td', props='vertical-align: top')])"""
 
 LEFT = """for name, row in faults[~met].iterrows():
     asked = [question for question in answers.columns if answers.loc[name, question] == 'False']
-    print(f'{name}: {row.said}' if not asked else f'{name}: wanted was: {row.wanted}. Not so: {", ".join(asked)}. It said: {row.said}')
+    wanted = f'wanted was: {row.wanted}. Not so: {", ".join(asked)}. It said: ' if asked else ''
+    print(f'{name}: {wanted}{row.said}')
 if met.all(): print('nothing is left')"""
 
 CLOSING = """## What to remember
@@ -555,7 +570,7 @@ CLOSING = """## What to remember
 - A message says what to do. If a line of the log names a video that was replaced, that video's file in the store is damaged: with the next start of the command `prepare` looks at every file and makes it again.
 - Only what was saved counts: with `save_every_steps` at 0 a kill costs the epoch that was going on.
 
-What to look at next: `engine/checkpoint` for how checkpoints are written and checked, `07_trainer` for how a stage goes on, `engine/loader` for readers that die, `02_data` for videos that cannot be read."""
+Back to [engine/robustness](../engine/robustness.ipynb). How checkpoints are written and checked: [engine/checkpoint](../engine/checkpoint.ipynb); how a stage goes on: [07_trainer](../07_trainer.ipynb); readers that die: [engine/loader](../engine/loader.ipynb); videos that cannot be read: [02_data](../02_data.ipynb)."""
 
 def notebook_cells() -> list:
     "Text and code of faults.ipynb."

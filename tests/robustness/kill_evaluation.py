@@ -69,7 +69,7 @@ def evaluate(folder: Path, output: Path) -> None:
     for title, protocol in protocols.items():
         config = replace(protocol.shortened(EPOCHS), batch_size=4, validation_fraction=.3)
         tensors[title], history = classify(
-            title, streams['rgb'], 'rgb', store, rows['train'], test_clips, classes, config, output/title,
+            title, streams['rgb'], store, rows['train'], test_clips, classes, config, output/title,
             recipe.clip_length, recipe.clip_stride, views, 'ten', 56, recipe.min_frames, cache_gib=0,
             run_config=RunConfig(save_every_steps=1))
         history = history.drop(columns=list(TIMING)).to_dict('list')

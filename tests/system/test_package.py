@@ -71,7 +71,7 @@ def test_the_readmes_example_without_notebooks(tmp_path, monkeypatch, capsys):
     code = re.search(r'## Use it without notebooks.*?```python\n(.*?)```', (ROOT/'README.md').read_text(), re.DOTALL).group(1)
     films = re.findall(r"'(\w+\.mp4)'", code)
     monkeypatch.chdir(tmp_path)
-    save_stream(Stream('small', 6, projection_dim=8, backbone_options={'width': 4}), re.search(r"load_stream\('(.*?)'\)", code).group(1))
+    save_stream(Stream('small', 6, projection_dim=8, backbone_options={'width': 4}, trained_on=dict(modality='rgb', clip_length=8, view_size=32)), re.search(r"load_stream\('(.*?)'\)", code).group(1))
     rng = np.random.default_rng(0)
     for film in films: write_video(film, rng.integers(0, 255, (12, 48, 64, 3), dtype=np.uint8))
     exec(compile(code, 'README.md', 'exec'), {})

@@ -11,7 +11,7 @@ from vicc.alternation import alternate, stage_folder
 from vicc.data import TwoStreamDataset
 from vicc.prepare import prepare
 from vicc.recipe import Recipe
-from vicc.streams import load_stream
+from vicc.streams import TrainedOn, load_stream
 from vicc.synthetic import make_moving_shapes
 from vicc.trainer import MethodSpec, VICC
 
@@ -66,6 +66,12 @@ def test_prototypes_are_carried_over_and_the_teachers_are_not_used(trained):
     assert (directions['rgb-2 cycle 1'] @ directions['flow-1'].T).diag().abs().mean() < .5
 
 
+def test_streams_record_what_they_were_trained_on(recipe, run, trained):
+    streams = trained | {f'{name} random': load_stream(run[0]/'stages'/'random'/name) for name in ('rgb', 'flow')}
+    for title, stream in streams.items():
+        assert stream.trained_on == TrainedOn(modality=title.split('-')[0].split()[0], clip_length=8, stride=1, view_size=32)
+
+
 def test_optimizer_and_queue_are_new_and_the_teacher_is_frozen(recipe, store, cpu, trained):
     planned = recipe.plan()[2]
     dataset = TwoStreamDataset(store, store.manifest, ('rgb', 'flow'), recipe.clip_length, recipe.clip_stride,
@@ -99,3 +105,34 @@ def test_r1_of_held_out_videos_is_measured_on_the_way(recipe, store, cpu, tmp_pa
     assert list(history.online_r1.notna()) == [False, True, True, True]
     trained_on = set(pd.read_csv(tmp_path/'run'/'training_videos.csv').video)
     assert trained_on < set(store.manifest.video)
+
+
+class Killed(Exception): pass
+
+
+def test_a_begun_stage_becomes_longer_where_its_schedule_permits(recipe, store, cpu, tmp_path):
+    def train(folder, epochs, schedule, killed=False, **options):
+        values = recipe.replace(cycles=0, single_epochs_rgb=epochs, single_schedule_epochs=schedule)
+        def log(line):
+            if killed: raise Killed
+        return alternate(values, store, tmp_path/folder, accelerator=cpu, log=log, train=('rgb',),
+                         method=MethodSpec('alone', uses_teacher=False), **options)
+    def weights(folder): return (tmp_path/folder/'stages'/'00-rgb-1'/'stream'/'model.safetensors').read_bytes()
+    for schedule in (5, 0):
+        with pytest.raises(Killed): train(f'run {schedule}', 3, schedule, killed=True)
+    with pytest.raises(ValueError, match='single_epochs_rgb is 3, not 4.*accept_changes'): train('run 5', 4, 5)
+    with pytest.raises(ValueError, match='has begun, and can only become longer'): train('run 5', 2, 5, accept_changes=True)
+    with pytest.raises(ValueError, match='schedule_epochs=5 is less than epochs=6'): train('run 5', 6, 5, accept_changes=True)
+    message = r'rgb-1 has 3 epochs and cannot have 4: .*single_schedule_epochs is 0.*would change the epochs that are done'
+    with pytest.raises(ValueError, match=message): train('run 0', 4, 0, accept_changes=True)
+    longer, whole = train('run 5', 4, 5, accept_changes=True), train('whole', 4, 5)
+    assert list(longer.loss) == list(whole.loss) and weights('run 5') == weights('whole')
+    assert 'single_epochs_rgb,3,4' in (tmp_path/'run 5'/'changes.csv').read_text()
+    with pytest.raises(ValueError, match='rgb-1 has 4 epochs and cannot have 5: it is over'): train('run 5', 5, 5, accept_changes=True)
+    assert weights('run 5') == weights('whole') and Recipe.read(tmp_path/'run 5'/'recipe.yaml').single_epochs_rgb == 4
+
+
+def test_fp16_without_a_gpu_is_refused(recipe, store, tmp_path):
+    class Half: device, mixed_precision = torch.device('cpu'), 'fp16'
+    with pytest.raises(ValueError, match='fp16 needs a GPU'): alternate(recipe, store, tmp_path/'run', accelerator=Half())
+    assert not (tmp_path/'run').exists()

@@ -1,12 +1,18 @@
 "The commands train and evaluate: files in, a table out, one line for every error."
+import argparse
+import os
 import re
+import shutil
+import socket
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
 import torch
 
 from vicc.alternation import main as train
-from vicc.commands import evaluate_command
+from vicc.commands import evaluate_command, evaluate_files, evaluation_remarks
 from vicc.prepare import STREAMS, prepare
 from vicc.recipe import Recipe
 from vicc.streams import Stream, save_stream
@@ -21,6 +27,8 @@ def shapes(tmp_path_factory):
 @pytest.fixture(scope='module')
 def store(shapes, tmp_path_factory):
     rows = pd.concat([pd.read_csv(shapes[name]) for name in ('train', 'test')])
+    shutil.copy(shapes['videos']/rows.video.iloc[0], shapes['videos']/'copy.mp4')
+    rows = pd.concat([rows, rows.head(1).assign(video='copy.mp4', group='copy')])
     return prepare(rows, shapes['videos'], tmp_path_factory.mktemp('store')/'store', Recipe.read('demo').prepare_settings(),
                    workers=0, log=lambda line: None)
 
@@ -28,7 +36,7 @@ def store(shapes, tmp_path_factory):
 @pytest.fixture(scope='module')
 def paths(tmp_path_factory):
     torch.manual_seed(0)
-    return {name: save_stream(Stream('small', 8, 16, {'width': 8}), tmp_path_factory.mktemp('streams')/name) for name in STREAMS}
+    return {name: save_stream(Stream('small', 8, 16, {'width': 8}, Recipe.read('demo').trained_on(name)), tmp_path_factory.mktemp('streams')/name) for name in STREAMS}
 
 
 @pytest.fixture(scope='module')
@@ -40,26 +48,76 @@ def words(store, shapes, paths):
 
 def test_command_line(words, tmp_path, capsys):
     streams, flags = words
-    flags = flags | {'--output': str(tmp_path/'table.csv'), '--cache': str(tmp_path/'features')}
+    flags = flags | {'--output': str(tmp_path/'new'/'folder'/'table.csv'), '--cache': str(tmp_path/'features')}
     for _ in range(2): evaluate_command([*streams, *(word for pair in flags.items() for word in pair)])  # the second time from the cache
-    table = pd.read_csv(tmp_path/'table.csv', index_col=0)
+    table = pd.read_csv(tmp_path/'new'/'folder'/'table.csv', index_col=0)
     assert list(table.index) == ['rgb', 'flow', 'rgb + flow'] and 'quick probe' in table and table['R@1'].between(0, 1).all()
     printed = capsys.readouterr().out.splitlines()
     assert printed[:len(printed)//2] == printed[len(printed)//2:]
+    notes = [line.removeprefix('note: ') for line in printed if line.startswith('note: ')]
+    assert notes == 2*['8 of 8 classes have fewer than 5 test videos: one video moves their share by 20 points or more',
+                       'there are only 32 training videos: R@50 count all of them']
+    assert set(table.remarks) == {'; '.join(notes[:2])}
+
+
+@pytest.mark.parametrize('remark, change', [
+    ('', lambda train, test: (pd.concat([train, train.assign(video=train.video)]), test)),
+    ('all test videos are of one class', lambda train, test: (train, test.assign(label=3))),
+    ('2 of 16 test videos are of a class that no training video has: they always', lambda train, test: (train[train.label != 3], test)),
+    ('16 of 16 test videos are of a class', lambda train, test: (train.assign(label=9), test)),
+    ('1 of 2 classes have fewer than 5 test videos', lambda train, test: (train, test.assign(label=[0]*4 + [1]*12))),
+    ('there are only 12 training videos: R@20, R@50 count', lambda train, test: (train.head(12), test)),
+    ('1 training videos are smaller than test_crop and left out, such as slide_x/train_00000.mp4', lambda train, test: (train.assign(width=[40] + 31*[64]), test)),
+    ('2 test videos are shorter than min_frames and left out, such as ', lambda train, test: (train, test.assign(num_frames=[5, 5] + 14*[16]))),
+    ('1 test videos have the same pixels as a training video: copy.mp4 = slide_x/train_00000.mp4', lambda train, test: (train, test.assign(video=['copy.mp4', *test.video[1:]]))),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_what_the_numbers_cannot_show_is_said(store, shapes, remark, change):
+    recipe = Recipe.read('demo', test_crop=48)
+    tables = change(*(store.select(pd.read_csv(shapes[name])) for name in ('train', 'test')))
+    remarks = evaluation_remarks(*(recipe.test_clips(store, rows, 'rgb') for rows in tables))
+    assert any(each.startswith(remark) for each in remarks), remarks
+    if remark: assert sum('same pixels' in each or 'of a class' in each or 'one class' in each or 'left out' in each for each in remarks) <= 1
+    else: assert len(remarks) == 1 and 'fewer than 5' in remarks[0]
+
+
+def test_other_clips_than_the_stream_was_trained_on_are_noted(words, capsys):
+    streams, flags = words
+    flags = flags | {'--recipe': 'demo'}
+    values = argparse.Namespace(streams=streams[:1], output=None, device='cpu', cache=None, **{name[2:]: value for name, value in flags.items()})
+    values.recipe = os.path.join(os.path.dirname(values.store), 'longer.yaml')
+    Recipe.read('demo', clip_length=6).write(values.recipe)
+    assert 'rgb was trained on other clips' in evaluate_files(values).remarks.iloc[0]
+    assert re.search(r'note: rgb was trained on other clips .*clip_length=8.*than the recipe has .*clip_length=6', capsys.readouterr().out)
+
+
+@pytest.mark.parametrize('precision, port, message', [('no', True, 'port {port} is in use: set MASTER_PORT'), ('fp16', False, 'fp16 needs a GPU, and there is none')], ids=['port in use', 'fp16 on a CPU'])
+def test_training_that_cannot_start_ends_in_one_line(tmp_path, precision, port, message):
+    environment = dict(os.environ, ACCELERATE_USE_CPU='true')
+    with socket.create_server(('', 0)) as server:
+        number = str(server.getsockname()[1])
+        if port: environment |= dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT=number)
+        command = [sys.executable, '-m', 'vicc.alternation', '--recipe', 'demo', '--manifest', 'm.csv', '--prepared', '--output', tmp_path/'run',
+                   '--set', f"mixed_precision='{precision}'"]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 2 and message.format(port=number) in run.stderr, run.stderr
+    assert len(run.stderr.splitlines()) == 1 and not (tmp_path/'run').exists()
 
 
 @pytest.mark.parametrize('contains, streams, change', [
     ('each at most once', ['rgb=a', 'rgb=b'], {}), ('write rgb=PATH and flow=PATH', ['depth=a'], {}),
     ('nothing', ['rgb=nothing'], {}), ('flow_bound is 5.0, not 20.0', None, dict(flow_bound=20.)),
-    ('a crop of 100 does not fit', None, dict(test_crop=100)), ('videos are in both manifests', None, {'--queries': 'train'}),
-    ('32 videos of the gallery have no label', None, {'--gallery': 'unlabelled'})], ids=lambda value: value if isinstance(value, str) else '')
+    ('or a side below 100 pixels (test_crop)', None, dict(test_crop=100)), ('videos are in both manifests', None, {'--queries': 'train'}),
+    ('--device cuda:7: PyTorch cannot use it', None, {'--device': 'cuda:7'}), ('--device gpu: PyTorch', None, {'--device': 'gpu'}),
+    ('is a folder: name a CSV file', None, {'--output': '.'}), ('flow was trained on flow, not on rgb', ['rgb={flow}'], {'--output': 'new/table.csv'}),
+    ('32 of 48 videos have no label', None, {'--gallery': 'unlabelled'})], ids=lambda value: value if isinstance(value, str) else '')
 def test_what_does_not_fit_is_refused_in_one_line(words, shapes, tmp_path, capsys, contains, streams, change):
-    flags = dict(words[1])
+    flags = words[1] | {name: value if name == '--device' else str(tmp_path/value) for name, value in change.items() if name in ('--device', '--output')}
+    if streams: streams = [each.format(flow=words[0][1].partition('=')[2]) for each in streams]
     if '--queries' in change: flags['--queries'] = str(shapes['train'])
     elif '--gallery' in change:
         flags['--gallery'] = str(tmp_path/'unlabelled.csv')
         pd.read_csv(shapes['train']).drop(columns=['label', 'class_name']).to_csv(flags['--gallery'], index=False)
-    else:
+    elif not change.keys() & {'--device', '--output'}:
         flags['--recipe'] = str(tmp_path/'recipe.yaml')
         Recipe.read('demo', **change).write(flags['--recipe'])
     with pytest.raises(SystemExit) as ended: evaluate_command([*(streams or words[0]), *(word for pair in flags.items() for word in pair)])

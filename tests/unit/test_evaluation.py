@@ -1,5 +1,7 @@
 "Features, retrieval and the quick probe where a notebook has no room: exact neighbours, films, precision, cache, refusals."
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ from vicc.evaluation import (
 from vicc.fast.layers import inference_copy
 from vicc.prepare import prepare
 from vicc.recipe import Recipe
-from vicc.streams import Stream
+from vicc.streams import Stream, TrainedOn
 from vicc.synthetic import make_moving_shapes
 from vicc.video import read_frames, write_video
 
@@ -77,7 +79,7 @@ def test_labels_must_fit(labels):
     features = torch.randn(2, 3)
     with pytest.raises(ValueError, match=f'{len(labels)} and 2 labels for .2, 2. cosines: give each video a label'):
         retrieval_recall(features, torch.tensor(labels), features, torch.tensor([0, 1]))
-    with pytest.raises((AssertionError, IndexError), match='Size mismatch|out of bounds'):
+    with pytest.raises((AssertionError, RuntimeError, ValueError), match='Size mismatch|some videos have no label'):
         quick_probe(features, torch.tensor(labels), features, torch.tensor([0, 1]))
 
 
@@ -100,6 +102,19 @@ def test_feature_of_a_film_is_that_of_its_clips(tmp_path):
     write_video(tmp_path/'short.mp4', film[:3])
     assert video_features(stream, tmp_path/'short.mp4', clip_length=8, size=32).isfinite().all()
     with pytest.raises(FileNotFoundError, match='does not exist'): video_features(stream, tmp_path/'nothing.mp4')
+
+
+def test_feature_of_a_film_takes_the_clips_that_the_stream_was_trained_on(tmp_path):
+    write_video(tmp_path/'film.mp4', np.random.default_rng(0).integers(0, 255, (20, 32, 48, 3), dtype=np.uint8))
+    plain, recorded, flow = small_stream(), small_stream(), small_stream()
+    recorded.trained_on = TrainedOn(modality='rgb', clip_length=4, stride=2, view_size=24)
+    flow.trained_on = TrainedOn(modality='flow')
+    given = video_features(plain, tmp_path/'film.mp4', clip_length=4, stride=2, size=24)
+    assert torch.equal(video_features(recorded, tmp_path/'film.mp4'), given)
+    assert torch.equal(video_features(recorded, tmp_path/'film.mp4', 8, 1, 32), video_features(plain, tmp_path/'film.mp4', 8, 1, 32))
+    assert not torch.equal(video_features(plain, tmp_path/'film.mp4'), given)
+    with pytest.raises(ValueError, match='trained on flow, and .*film.mp4 has RGB frames only: .*vicc prepare'):
+        video_features(flow, tmp_path/'film.mp4')
 
 
 def test_workers_and_decoded_frames_give_the_same_features(store, rows):
@@ -155,3 +170,35 @@ def test_clips_of_the_other_stream_are_refused(store, rows):
     clips = TestClips(store, rows['test'], **OPTIONS)
     with pytest.raises(ValueError, match="gallery clips are of 'rgb', not 'flow'"):
         evaluate_stream(small_stream(), 'flow', clips, clips, 32, None)
+    stream = small_stream()
+    stream.trained_on = TrainedOn(modality='flow')
+    with pytest.raises(ValueError, match='this stream was trained on flow, not on rgb: give it flow clips'):
+        evaluate_stream(stream, 'rgb', clips, clips, 32, None)
+
+
+def test_videos_smaller_than_the_crop_are_set_aside(store, rows, recipe):
+    table, small = rows['test'].copy(), recipe.replace(test_crop=48)
+    table.loc[[1, 4], 'width'] = 47
+    clips, rest = (small.test_clips(store, part, 'rgb') for part in (table, table.drop([1, 4])))
+    assert clips.too_small == list(table.video[[1, 4]]) and rest.too_small == clips.too_short == []
+    assert list(clips.kept_rows().video) == list(rest.rows.video)
+    features = [extract_features(mean_colour, each, 32, 48) for each in (clips, rest)]
+    assert torch.equal(*features) and len(features[0]) == len(table) - 2
+    assert not recipe.replace(test_crop=0).test_clips(store, table, 'rgb').too_small
+    with pytest.raises(ValueError, match='all 16 videos have .* or a side below 65 pixels .test_crop.: there is nothing'):
+        recipe.replace(test_crop=65).test_clips(store, table, 'rgb')
+
+
+def test_torchvision_is_not_needed():
+    "A torchvision made for another PyTorch fails when it is imported: only its own backbones may need it."
+    code = """import sys
+sys.modules['torchvision'] = None  # import torchvision raises ImportError
+import vicc, vicc.commands, vicc.compare.finetune, vicc.evaluation
+from vicc import Recipe, Stream, create_backbone, retrieval_recall, video_features
+Recipe.read('demo')
+Stream('s3d')
+try: create_backbone('torchvision:r3d_18')
+except ImportError: print('needed here')
+"""
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == 'needed here\n', run.stderr[-1000:]

@@ -20,7 +20,9 @@ from vicc.backbones import PAPER_NAMES, create_backbone
 from vicc.data import TestClips
 from vicc.evaluation import evaluate_stream
 from vicc.prepare import PrepareSettings, prepare
-from vicc.streams import Stream, export_released, load_released, load_stream, read_released, save_stream
+from vicc.streams import (
+    Stream, TrainedOn, export_released, load_for, load_released, load_stream, read_released, save_stream,
+)
 from vicc.synthetic import make_moving_shapes
 
 KEYS = json.loads((GOLDEN/'official_state_dict_keys.json').read_text())
@@ -241,7 +243,29 @@ def test_a_stream_saved_by_the_first_version(tmp_path):
         for name, tensor in stream.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor), name
     config = (save_stream(stream, tmp_path/'again')/'config.json').read_text()
-    assert json.loads(config) == json.loads(files['config.json'])
+    assert json.loads(config) == json.loads(files['config.json']) | {'trained_on': None}
+    assert load_stream(folder).trained_on == TrainedOn()  # nothing is recorded: the paper's clips
+
+
+def test_a_stream_records_what_it_was_trained_on_beside_the_same_weights(tmp_path):
+    record, folders = dict(modality='flow', clip_length=8, stride=2, view_size=32), []
+    for name, trained_on in (('plain', None), ('recorded', record)):
+        torch.manual_seed(0)
+        folders.append(save_stream(Stream('small', 4, 8, {'width': 2}, trained_on), tmp_path/name))
+    plain, recorded = ((folder/'model.safetensors').read_bytes() for folder in folders)
+    assert plain == recorded
+    assert json.loads((folders[1]/'config.json').read_text())['trained_on'] == record
+    for again in (load_stream(folders[1]), Stream.from_pretrained(folders[1]), load_for('flow', folders[1])):
+        assert again.trained_on == TrainedOn(**record)
+    with pytest.raises(ValueError, match='recorded was trained on flow, not on rgb: give it flow clips'):
+        load_for('rgb', folders[1])
+    for modality in ('rgb', 'flow'): assert load_for(modality, folders[0]).trained_on.modality is None
+    for wrong in (dict(modality='depth'), dict(clip_length=0), dict(view_size='32'), dict(fps=25), [1]):
+        config = json.loads((folders[0]/'config.json').read_text()) | dict(trained_on=wrong)
+        (folders[0]/'config.json').write_text(json.dumps(config))
+        (folders[0]/'checksums.json').unlink(missing_ok=True)
+        with pytest.raises(ValueError, match='does not hold the weights of the stream that its config'):
+            load_stream(folders[0])
 
 
 def test_the_stream_goes_straight_into_evaluation(write, tmp_path):

@@ -278,17 +278,15 @@ TRAINING_METHODS = dict(
 def create_method(
     name: str,  # one of TRAINING_METHODS
     **values: Any,  # instead of the paper's: key_queue_length, key_momentum, temperature, top_k
-) -> MethodSpec:  # for alternate and fit
+) -> MethodSpec:  # for alternate and train_stage
     "Create a method by name. Raises ValueError for a name or a value that is unknown or cannot work."
     if name not in TRAINING_METHODS:
         raise ValueError(f"method '{name}' is not one of {', '.join(TRAINING_METHODS)}"
                          f'{did_you_mean(name, TRAINING_METHODS)}')
     method = TRAINING_METHODS[name]
     known = [value for value in method.values if value != 'positives']
-    for value in values:
-        if value in known: continue
-        hint = f'it has {", ".join(known)}{did_you_mean(value, known)}' if known else 'the recipe says it all'
-        raise ValueError(f"method {name} has no value '{value}': {hint}")
+    if unknown := [value for value in values if value not in known]:
+        raise ValueError(f"method {name} has no value '{unknown[0]}': it has {', '.join(known) or 'none'}")
     try: config = ContrastiveConfig(**{**method.values, **values})
     except ValidationError as error:
         raise ValueError(f'method {name}: {explain_validation_errors(error)}') from error

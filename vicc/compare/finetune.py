@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINEAR_PROBE', 'FINE_TUNING', 'TRAINING_VIEWS', 'VIEWS', 'CORNERS', 'RELEASED_JITTER', 'CHUNK_CLIPS', 'accuracy',
-           'confusion', 'per_class_accuracy', 'fuse', 'ClassifierConfig', 'Classifier', 'check_labels', 'LabelledClips',
+           'per_class_accuracy', 'fuse', 'ClassifierConfig', 'Classifier', 'check_labels', 'LabelledClips',
            'crop_choices', 'iter_test_crops', 'predict', 'split_validation', 'keep_middle_clips', 'ClassifierMetrics',
            'best_epoch', 'ClassifierTrainer', 'train_classifier', 'predictions_table', 'classify']
 
@@ -13,7 +13,6 @@ import copy
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +25,7 @@ from accelerate import Accelerator
 from huggingface_hub import PyTorchModelHubMixin
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
+from sklearn.metrics import confusion_matrix
 from torch import nn, Tensor
 
 from ..augment import apply_view, center_crop, draw_view, ViewSettings
@@ -53,21 +53,13 @@ def accuracy(
     best = probabilities.argsort(dim=1, descending=True, stable=True)[:, :k].cpu()
     return (best == torch.tensor(np.asarray(labels))[:, None]).any(1).float().mean().item()
 
-def confusion(
-    probabilities: Tensor,  # [videos, classes]
-    labels: Sequence[int] | Tensor,  # [videos]
-) -> Tensor:  # int64 [classes, classes] counts; rows: true class, columns: predicted class
-    "Confusion matrix."
-    classes = probabilities.shape[1]
-    pairs = torch.tensor(np.asarray(labels))*classes + probabilities.argmax(1).cpu()
-    return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
 def per_class_accuracy(
     probabilities: Tensor,  # [videos, classes]
     labels: Sequence[int] | Tensor,  # [videos]
 ) -> Tensor:  # [classes] shares 0–1; nan for a class without videos
     "Accuracy of each class."
-    counts = confusion(probabilities, labels).float()
+    classes, predicted = range(probabilities.shape[1]), probabilities.argmax(1).cpu()
+    counts = torch.from_numpy(confusion_matrix(labels, predicted, labels=classes)).float()
     return counts.diagonal()/counts.sum(1)
 
 def fuse(
@@ -178,8 +170,8 @@ def check_labels(
     if wrong.any():
         first = rows[wrong].iloc[0]
         raise ValueError(f'{wrong.sum()} of {len(rows)} {what} videos have no label '
-                         f'from 0 to {num_classes - 1} ({first.video}: {first.get("label", "none")}): '
-                         'label them, leave them out, or give the right num_classes')
+                         f'from 0 to {num_classes - 1} ({first.video}: {first.get("label", "none")}): label them, '
+                         'leave them out, or number them without gaps (vicc.manifests.number_classes)')
     return torch.tensor(labels.to_numpy(dtype=np.int64))
 
 class LabelledClips(RandomClips):
@@ -264,30 +256,28 @@ def predict(
     crop: int | None = 224,  # side of the square crops, pixels; None: the largest that fits
     size: int = 128,  # height and width of a view, pixels
     batch_size: int = 32,  # views; each clip has 1, 5 or 10
-    accelerator: Accelerator | None = None,  # device, precision, processes; None: where the classifier is
+    accelerator: Accelerator | None = None,  # device, precision, processes; None: what is there
     workers: int = 0,  # reading processes
     flow_as_image: bool = False,  # as in training
     jitter_seed: int | None = None,  # leave colour jitter on, as the released code does; None: no jitter
     numbers: range | None = None,  # of the clips to use; None: all
 ) -> Tensor:  # [videos, classes] float32 on the CPU; videos without clips are left out
     "Class probabilities of each video. Raises ValueError for views or a crop that do not fit."
-    device, reading = next(classifier.parameters()).device, dict(workers=workers, numbers=numbers)
-    if accelerator is not None:
-        device = accelerator.device
-        reading |= dict(process=accelerator.process_index, processes=accelerator.num_processes)
+    accelerator = accelerator or Accelerator()
+    processes, device = accelerator.num_processes, accelerator.device
     network = inference_copy(classifier.to(device).eval())
-    autocast = accelerator.autocast if accelerator else nullcontext
     crops = iter_test_crops(clips, views, crop, ViewSettings(size=size, flow_as_image=flow_as_image),
-                            jitter_seed, device=device, **reading)
+                            jitter_seed, device=device, workers=workers, numbers=numbers,
+                            process=accelerator.process_index, processes=processes)
     answers, videos = [], []
     for batch, owners in batch_views(crops, batch_size):
-        with autocast(): logits = network(batch)
+        with accelerator.autocast(): logits = network(batch)
         answers.append(logits.float().softmax(1))
         videos += owners
     sums = torch.zeros(len(clips.rows), classifier.linear.out_features + 1, dtype=torch.float64)
     if videos:  # the last column counts views
         sums.index_add_(0, torch.tensor(videos), F.pad(torch.cat(answers).cpu().double(), (0, 1), value=1.))
-    if accelerator is not None and accelerator.num_processes > 1:
+    if processes > 1:
         sums = accelerator.reduce(sums.float().to(device), 'sum').cpu().double()
     counted = sums[:, -1] > 0
     return (sums[counted, :-1]/sums[counted, -1:]).float()
@@ -301,7 +291,6 @@ def split_validation(
     "Hold out whole groups of the training videos; with exact_paper take 30 % of the test videos instead."
     rng = np.random.default_rng((config.seed, 30))
     if config.exact_paper:
-        if test_rows is None: raise ValueError('exact_paper=True validates on test videos: give test_rows')
         chosen = np.sort(rng.permutation(len(test_rows))[:max(round(0.3*len(test_rows)), 1)])
         return train_rows.reset_index(drop=True), test_rows.iloc[chosen].reset_index(drop=True)
     if not config.validation_fraction: return train_rows.reset_index(drop=True), None
@@ -470,10 +459,9 @@ def predictions_table(
 def classify(
     title: str,  # for the log
     stream: Stream,  # its backbone is probed or fine-tuned; the stream itself does not change
-    name: str,  # 'rgb' or 'flow'
     store: Store,  # a prepared data set
     train_rows: pd.DataFrame,  # labelled training videos (`store.select(…)`)
-    test_clips: TestClips,  # all clips of the test videos, of the same stream
+    test_clips: TestClips,  # all clips of the test videos, of what the stream sees
     num_classes: int,  # classes
     config: ClassifierConfig,  # LINEAR_PROBE, FINE_TUNING, or a variant
     folder: str | os.PathLike,  # checkpoints/, classifier/, probabilities/ and history.csv
@@ -488,16 +476,16 @@ def classify(
     **options: Any,  # workers, log, log_every: see `train_classifier`
 ) -> tuple[Tensor, pd.DataFrame]:  # probabilities of the test videos [videos, classes], and the history
     "Run or resume a protocol for one stream. Raises ValueError for what does not fit, before any work."
-    if test_clips.stream != name: raise ValueError(f"clips of the stream '{test_clips.stream}', not '{name}'")
     check_labels(test_clips.rows, num_classes, 'test')
     crop_choices(frame_sizes(test_clips), views, crop)  # must fit
     folder, accelerator = Path(folder), accelerator or Accelerator()
     rows, validation = split_validation(train_rows, config, test_clips.rows)
+    name = test_clips.stream
     training = LabelledClips(store, rows, num_classes, name, clip_length, stride=stride,
                              views=training_views, seed=config.seed, cache_gib=cache_gib)
     if validation is not None:
         validation = keep_middle_clips(TestClips(
-            store, validation, name, clip_length, stride, min_frames, cache_gib, stride))
+            store, validation, name, clip_length, stride, min_frames, cache_gib, stride, crop or 0))
     classifier = Classifier.from_stream(stream, num_classes, config)
     history = train_classifier(title, classifier, training, validation, config, folder/'checkpoints', crop,
                                accelerator, **options)

@@ -7,7 +7,6 @@ __all__ = ['checkpoint_folders', 'rank_files', 'save_checkpoint', 'verify', 'lat
 
 # %% ../../nbs/engine/checkpoint.ipynb #ab7cc653
 import hashlib
-import os
 import shutil
 import warnings
 import zipfile
@@ -52,8 +51,6 @@ def save_checkpoint(
     with atomic_write(path/f'rank-{rank}-of-{accelerator.num_processes}.pt') as temporary:
         with open(temporary, 'wb') as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         complete = [other for other in checkpoint_folders(folder) if rank_files(other)]

@@ -55,9 +55,8 @@ class EpochLoader(DataLoader):
         epoch: int,  # counted from 0
         first_batch: int = 0,  # counted from 0: those before it are not read
         replaced: list[tuple[str, str]] | tuple = (),  # in the batches before it
-        max_replaced: float = 0.01,  # share of the samples that may be replaced; two always may
     ) -> Iterator[dict[str, Any]]:  # batches
-        "Iterate over one epoch. Raises ValueError if too many samples could not be read."
+        "Iterate over one epoch. Raises ValueError if more than 1 % of the samples could not be read."
         self.replaced = list(replaced)
         if self.position != (epoch, first_batch): self.close()
         if self.running is None:
@@ -66,10 +65,11 @@ class EpochLoader(DataLoader):
         self.position = None  # an epoch that is left before its end is not gone on with
         for batch in islice(self.running, len(self) - first_batch):
             self.replaced += batch.get('replaced', [])
-            if len(self.replaced) > max(2, max_replaced*len(self)*len(batch['sample'])):
+            samples = len(self)*len(batch['sample'])
+            if len(self.replaced) > max(2, .01*samples):
                 reasons = '; '.join(f'{video}: {reason}' for video, reason in self.replaced)
-                raise ValueError(f'{len(self.replaced)} videos could not be read, '
-                                 f'more than the share max_replaced={max_replaced}: {reasons}')
+                raise ValueError(f'{len(self.replaced)} of {samples} videos could not be read, '
+                                 f'which is more than 1 %: {reasons}')
             yield batch
         self.position = (epoch + 1, 0)
         if epoch + 1 >= self.batch_sampler.epochs: self.close()

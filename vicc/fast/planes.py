@@ -30,9 +30,6 @@ class RawClip:
     height: int  # h, pixels
     width: int  # w, pixels
 
-    @property
-    def planar(self) -> bool: return self.data.ndim == 2
-
 Box = tuple[int, int, int, int]  # top, left, height, width, pixels
 
 def crop_planes(
@@ -71,7 +68,6 @@ def is_supported_frame(
 def seek_frames(
     container: Any,  # of PyAV, open
     numbers: np.ndarray,  # int, ascending and without repeats
-    gap: int = 12,  # frames; a larger gap is jumped over
 ) -> Iterator[tuple[int, av.VideoFrame] | None]:  # number and picture; None if the file's times are uneven
     "These frames of a video, in one thread, decoding as few others as may be."
     video = container.streams.video[0]
@@ -82,7 +78,7 @@ def seek_frames(
         yield None
         return
     ticks = spacing.numerator  # of the file's clock, from frame to frame
-    for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > gap) + 1):
+    for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 12) + 1):  # larger gaps are jumped over
         wanted, first, last = set(run.tolist()), int(run[0])*ticks, int(run[-1])
         container.seek(first, stream=video)
         number = None

@@ -49,11 +49,9 @@ STYLE = {
     'legend.frameon': False, 'text.parse_math': False,  # a class may be called $x$
 }
 
-
 def style() -> AbstractContextManager: # usable as a decorator, too
     """Set the project's look for a `with` block or a function."""
     return mpl.rc_context(STYLE)
-
 
 class Picture(Figure):
     """A matplotlib figure outside pyplot's list."""
@@ -76,7 +74,6 @@ class Picture(Figure):
         "Encode `png` as text, for notebooks and pages."
         return base64.b64encode(self.png()).decode()
 
-
 @style()
 def new_figure(
     width: float = 10., # inches; 10 inches at 90 dpi fill a notebook's width
@@ -86,7 +83,6 @@ def new_figure(
     if shell := get_ipython():  # show pictures by our `png`, not in twice the size
         shell.display_formatter.formatters['image/png'].for_type(Picture, Picture.base64)
     return Picture(figsize=(width, height), dpi=90, layout='constrained')
-
 
 def save_figure(
     figure: Figure, # any matplotlib figure; closed afterwards
@@ -113,7 +109,6 @@ def as_frames(
         raise ValueError(f'{name} must be uint8 pixels [T, H, W, 3], not {frames.dtype} {list(frames.shape)}')
     return frames
 
-
 def as_labels(
     labels: ArrayLike, # int [N]
     count: int, # N
@@ -125,7 +120,6 @@ def as_labels(
         raise ValueError(f'labels must be {count} numbers of classes, 0 to {num_classes - 1}, not {labels}')
     return labels
 
-
 def truncate(
     text: str, # of at most three lines
     letters: int = 40, # most letters of a line
@@ -136,7 +130,6 @@ def truncate(
         line = ''.join(letter if letter.isprintable() else ' ' for letter in line)
         lines.append(line if len(line) <= letters else line[:letters - 1] + '…')
     return ' '*lines[0].startswith('_') + '\n'.join(lines)
-
 
 def class_colours(names: Sequence[str]) -> dict[str, str]: # class name → '#rrggbb'
     """Map all class names of a data set to colours, in the order of the names; they repeat after ten."""
@@ -150,7 +143,6 @@ def shown_frames(
     """Indices of evenly spaced frames."""
     return np.linspace(0, num_frames - 1, min(shown, num_frames)).round().astype(int)
 
-
 def film_strip(
     frames: ArrayLike, # uint8 [T, H, W, 3]
     shown: int = 8, # frames drawn
@@ -160,7 +152,6 @@ def film_strip(
     chosen = frames[shown_frames(len(frames), shown)]
     lined = np.pad(chosen, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=190)
     return np.concatenate(list(lined), axis=1)[:, :-1]
-
 
 @style()
 def plot_clips(
@@ -196,7 +187,6 @@ def plot_clips(
 # %% ../../nbs/viz/plots.ipynb #d8b067d2
 TIME_COLOURS = ListedColormap(mpl.colormaps['plasma'](np.linspace(0, .8, 256)))  # blue to orange
 
-
 def time_overlay(frames: ArrayLike) -> np.ndarray: # uint8 [H, W, 3]
     """Draw a clip's motion in one image: pale, but coloured where something passed, by the time."""
     pixels = as_frames(frames).astype(np.float32)
@@ -208,19 +198,16 @@ def time_overlay(frames: ArrayLike) -> np.ndarray: # uint8 [H, W, 3]
     pale = 165 + .35*usual.mean(-1, keepdims=True)  # grey, 165 to 254
     return (share*255*TIME_COLOURS(when)[..., :3] + (1 - share)*pale).round().astype(np.uint8)
 
-
 def _clip_summary(frames: np.ndarray) -> np.ndarray:
     middle = np.pad(frames[len(frames)//2], ((0, 0), (0, 1), (0, 0)), constant_values=255)
     return np.hstack([middle, time_overlay(frames)])
-
 
 @style()
 def _plot_tiles(rows: Sequence[Sequence[ArrayLike]], colours: Sequence[Sequence[str]],
                 texts: Sequence[Sequence[str]], row_titles: Sequence[str], title: str) -> Figure:
     "Images, or clips as middle frame and time overlay, in frames of these colours under a text each."
     moving, columns, images = np.ndim(rows[0][0]) == 4, max(map(len, rows)), rows
-    if moving:
-        images = [[_clip_summary(clip) for clip in row] for row in rows]
+    if moving: images = [[_clip_summary(clip) for clip in row] for row in rows]
     height, width = images[0][0].shape[:2]
     figure = new_figure(10, .6 + len(rows)*(.36 + 8.9/columns*height/width))
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -240,7 +227,6 @@ def _plot_tiles(rows: Sequence[Sequence[ArrayLike]], colours: Sequence[Sequence[
         key.set_ticks([0, 1], labels=['first frame', 'last frame'])
     return figure
 
-
 def plot_prototype_montage(
     clips: Sequence[Sequence[ArrayLike]], # a row a prototype: its nearest clips or images, uint8
     labels: Sequence[ArrayLike], # the label of each
@@ -253,7 +239,6 @@ def plot_prototype_montage(
     texts = [[class_names[y] for y in as_labels(labels[r], len(row), len(class_names))]
              for r, row in enumerate(clips)]
     return _plot_tiles(clips, [[palette[name] for name in row] for row in texts], texts, row_titles, title)
-
 
 def plot_retrieval(
     queries: Sequence[ArrayLike], # a row each: clips uint8 [T, H, W, 3], or images [H, W, 3]
@@ -324,14 +309,12 @@ def assignment_matrix(
     labels = as_labels(labels, len(assignments), num_classes)
     return pd.DataFrame(np.asarray(assignments)).groupby(labels).mean().reindex(range(num_classes)).to_numpy()
 
-
 def prototype_purity(
     prototypes: ArrayLike, # int [N]: the prototype of each clip
     labels: ArrayLike, # int [N]
 ) -> float: # 0 to 1
     """Share of clips whose class is the most frequent one at their prototype."""
     return float(contingency_matrix(labels, prototypes).max(0).sum()/len(labels))
-
 
 def shuffled_purity(
     prototypes: ArrayLike, # int [N]
@@ -340,7 +323,6 @@ def shuffled_purity(
     """Mean purity over 20 shuffles of the labels: what chance alone reaches with these prototypes."""
     rng = np.random.default_rng(0)
     return float(np.mean([prototype_purity(prototypes, rng.permutation(labels)) for _ in range(20)]))
-
 
 @style()
 def plot_assignments(
@@ -378,7 +360,6 @@ def stage_group(
     """Name a stage where several streams stand side by side."""
     name = stage.removesuffix(f' {stream}').replace(f'{stream}-1', 'single-stream')
     return name.replace(f'{stream}-2', 'cross-stream').replace(' cycle', '\ncycle')
-
 
 @style()
 def plot_recall_bars(
@@ -429,7 +410,6 @@ def plot_confusion(
            title=f'{truncate(title)}\naccuracy {accuracy:.1f} %, mean over classes {by_class:.1f} %')
     return figure
 
-
 @style()
 def plot_class_accuracy(
     accuracies: Mapping[str, ArrayLike], # classifier → shares 0–1 [C]; nan: a class without videos
@@ -468,7 +448,6 @@ def format_table(
     styler.format_index(escape='html').format_index(escape='html', axis=1)
     return styler.highlight_max(axis=0, props='font-weight: bold') if best else styler
 
-
 def markdown_table(table: pd.DataFrame) -> str: # lines of GitHub markdown
     """Write a table as markdown: index first, numbers with one decimal, a dash where there is none."""
     table = table.reset_index()
@@ -482,7 +461,6 @@ def markdown_table(table: pd.DataFrame) -> str: # lines of GitHub markdown
         text += f'| {" | ".join(escaped)} |\n'
     return text
 
-
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"
 content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -493,7 +471,6 @@ img {{ max-width: 100% }} td, th {{ padding: .1rem .6rem; text-align: left }} pr
 {body}
 </body></html>
 """
-
 
 class Report:
     "Show the results of a run, save each in a file, and write all of them on one HTML page."
