@@ -170,8 +170,8 @@ def check_labels(
     if wrong.any():
         first = rows[wrong].iloc[0]
         raise ValueError(f'{wrong.sum()} of {len(rows)} {what} videos have no label '
-                         f'from 0 to {num_classes - 1} ({first.video}: {first.get("label", "none")}): label them, '
-                         'leave them out, or number them without gaps (vicc.manifests.number_classes)')
+                         f'from 0 to {num_classes - 1} ({first.video}: {first.get("label", "none")}): label them'
+                         ', leave them out, or number them without gaps (vicc.manifests.number_classes)')
     return torch.tensor(labels.to_numpy(dtype=np.int64))
 
 class LabelledClips(RandomClips):
