@@ -8,25 +8,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import default_collate
 
+from helpers import STRONG, every_color_op, random_clips, views_of
 from vicc.augment import (ViewSettings, apply_view, center_crop, denormalize, draw_pair, draw_view, flow_images, normalize)
-from vicc.fast.views import IDENTITY_FACTORS, color_jitter, crop_resize, gaussian_blur, single_channel
-
-STRONG = ViewSettings(size=24, flip=.5, jitter=1., grey=.5, blur=1.)
-
-
-def views_of(settings, batch, height, width, strong=True, seed=0):
-    rng = np.random.default_rng(seed)
-    return default_collate([draw_view(settings, height, width, strong, rng) for _ in range(batch)])
-
-
-def every_color_op(images, view):
-    images = single_channel(color_jitter(images, view['order'], view['factors']), view['grey'])
-    return gaussian_blur(images, view['sigma'])
-
-
-def random_clips(*shape, seed=0):
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
+from vicc.fast.views import IDENTITY_FACTORS, crop_resize
 
 def test_paper_values():
     expected = dict(size=128, area=(.2, 1.), aspect=(3 / 4, 4 / 3), flip=.5, brightness=.4, contrast=.4,

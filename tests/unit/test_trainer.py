@@ -6,25 +6,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from helpers import shapes_store
+from helpers import FLOW_STAGE as SETTINGS, shapes_store, train_flow as train
 from vicc.augment import ViewSettings
 from vicc.compare.baselines import create_method
 from vicc.data import TwoStreamDataset, collate
-from vicc.trainer import StageConfig, Trainer, train_stage
+from vicc.trainer import StageConfig, Trainer
 from vicc.streams import Stream
-
-SETTINGS = StageConfig(epochs=3, schedule_epochs=None, batch_size=4, optimizer='adamw', learning_rate=1e-3, final_learning_rate=1e-5, queue_length=0)
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory): return shapes_store(tmp_path_factory.mktemp('shapes'))
 
 @pytest.fixture(scope='module')
 def cpu(): return Accelerator(cpu=True)
-
-def train(store, cpu, folder, settings=SETTINGS, lines=None, **values):
-    torch.manual_seed(0)
-    data, stream = TwoStreamDataset(store, None, ('flow',), 8, views=ViewSettings(size=32)), Stream('small', 6, 8, {'width': 4})
-    return train_stage('flow-1', 'flow', stream, data, settings, folder, accelerator=cpu, log=(lines if lines is not None else []).append, **values)
 
 def test_other_methods_refuse_parts(store, cpu, tmp_path):
     with pytest.raises(ValueError, match='infonce does not compute batches in chunks'): train(store, cpu, tmp_path, replace(SETTINGS, accumulate=2), method=create_method('infonce', key_queue_length=8))

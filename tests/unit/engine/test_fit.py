@@ -10,29 +10,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from helpers import DEMO, shapes_store
+from helpers import DEMO, FLOW_STAGE as SETTINGS, shapes_store, train_flow as train
 from vicc.alternation import alternate
-from vicc.augment import ViewSettings
 from vicc.engine.checkpoint import checkpoint_folders
-from vicc.data import TwoStreamDataset
 from vicc.prepare import Store
-from vicc.trainer import StageConfig, Trainer, train_stage
+from vicc.trainer import Trainer
 from vicc.streams import Stream
 from vicc.engine.fit import RunConfig, dataset_fingerprint
 
 TINY = DEMO.replace(single_epochs_rgb=2, single_epochs_flow=1, cycles=0, single_batch_size=4, num_prototypes=6, projection_dim=8, backbone_options={'width': 4})
-SETTINGS = StageConfig(epochs=3, schedule_epochs=None, batch_size=4, optimizer='adamw', learning_rate=1e-3, final_learning_rate=1e-5, queue_length=0)
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory): return shapes_store(tmp_path_factory.mktemp('shapes'))
 
 @pytest.fixture(scope='module')
 def cpu(): return Accelerator(cpu=True)
-
-def train(store, cpu, folder, settings=SETTINGS, lines=None, **values):
-    torch.manual_seed(0)
-    data, stream = TwoStreamDataset(store, None, ('flow',), 8, views=ViewSettings(size=32)), Stream('small', 6, 8, {'width': 4})
-    return train_stage('flow-1', 'flow', stream, data, settings, folder, accelerator=cpu, log=(lines if lines is not None else []).append, **values)
 
 def test_a_line_and_a_row_an_epoch(store, cpu, tmp_path):
     lines = []

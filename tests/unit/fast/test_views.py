@@ -1,35 +1,17 @@
 "Views of a batch against PyTorch's and torchvision's own functions; both devices' paths."
 import warnings
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import default_collate
 
-from vicc.augment import ViewSettings, draw_view
+from helpers import STRONG, every_color_op, random_clips, views_of
+from vicc.augment import ViewSettings
 from vicc.fast.views import (IDENTITY_FACTORS, apply_color_ops, color_jitter, crop_resize, gaussian_blur, resize_weights,
                              rotate_hue, single_channel, tf32)
-
-STRONG = ViewSettings(size=24, flip=.5, jitter=1., grey=.5, blur=1.)
-
-
-def random_clips(*shape, seed=0):
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-def views_of(settings, batch, height, width, strong=True, seed=0):
-    rng = np.random.default_rng(seed)
-    return default_collate([draw_view(settings, height, width, strong, rng) for _ in range(batch)])
-
-
-def every_color_op(images, view):
-    images = single_channel(color_jitter(images, view['order'], view['factors']), view['grey'])
-    return gaussian_blur(images, view['sigma'])
-
 
 @pytest.mark.parametrize('size', [7, 32, 61])
 def test_resize_equals_torch(size):
