@@ -670,6 +670,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'vicc.recipe.Recipe.write': ('engine/recipe.html#recipe.write', 'vicc/recipe.py'),
                              'vicc.recipe.did_you_mean': ('engine/recipe.html#did_you_mean', 'vicc/recipe.py'),
                              'vicc.recipe.explain_validation_errors': ('engine/recipe.html#explain_validation_errors', 'vicc/recipe.py'),
+                             'vicc.recipe.parse_changes': ('engine/recipe.html#parse_changes', 'vicc/recipe.py'),
                              'vicc.recipe.refuse_unknown_parameters': ('engine/recipe.html#refuse_unknown_parameters', 'vicc/recipe.py'),
                              'vicc.recipe.stage_keys': ('engine/recipe.html#stage_keys', 'vicc/recipe.py')},
             'vicc.run_dir': { 'vicc.run_dir.check_lengths': ('engine/run_dir.html#check_lengths', 'vicc/run_dir.py'),

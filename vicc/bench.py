@@ -35,13 +35,13 @@ from accelerate import Accelerator
 from .alternation import new_streams
 from .data import TestClips, training_loader, TwoStreamDataset
 from .engine.fit import fit_epoch
-from .engine.io import load_yaml, write_text
+from .engine.io import write_text
 from .evaluation import extract_features
 from .fast.layers import inference_copy
 from .flow import dis, end_point_error, farneback, grey, opencv_has_tvl1, opencv_threads, tvl1
 from .manifests import UCF101_COUNTS
 from .prepare import available_cpus, prepare, PrepareSettings, Store, STREAMS
-from .recipe import Recipe
+from .recipe import parse_changes, Recipe
 from .synthetic import make_moving_shapes, ShapesSettings
 from .trainer import Trainer
 
@@ -368,9 +368,7 @@ def create_config(
     if unknown := set(values.parts) - set(PARTS):
         raise ValueError(f"unknown part '{min(unknown)}': choose {', '.join(PARTS)}")
     if values.output: values.output.parent.mkdir(parents=True, exist_ok=True)
-    changes = [change.partition('=')[::2] for change in values.set]
-    changes = {name: load_yaml(value, f'--set {name}') for name, value in changes}
-    recipe = Recipe.read(values.recipe, **changes)
+    recipe = Recipe.read(values.recipe, **parse_changes(values.set))
     if not recipe.cycles and 'cross' in values.steps:
         raise ValueError('cycles is 0: the recipe has no cross-stream stage, give --steps single')
     if values.store: store = Store(values.store)

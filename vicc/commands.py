@@ -21,11 +21,11 @@ from accelerate.utils import str_to_bool
 
 from .data import TestClips
 from .engine.distributed import Interrupted, rejoin_after_restart, set_collective_timeout
-from .engine.io import load_yaml, one_line, write_text
+from .engine.io import one_line, write_text
 from .evaluation import clip_labels, evaluate_stream, two_stream_recall
 from .manifests import check_train_test, number_classes, read_manifest
 from .prepare import available_cpus, prepare, read_checksums, Store, STREAMS
-from .recipe import Recipe
+from .recipe import parse_changes, Recipe
 from .streams import load_for, TrainedOn
 
 # %% ../nbs/engine/commands.ipynb #f3f8d593
@@ -47,12 +47,7 @@ def train_from_files(
     "Prepare the store and train, in one process or as one of several."
     if not (values.videos or values.prepared):
         raise ValueError('give --videos FOLDER, or --prepared if the store is finished')
-    changes = {}
-    for change in values.set:
-        name, equals, value = change.partition('=')
-        if not equals: raise ValueError(f'--set {change}: write name=value')
-        changes[name] = load_yaml(value, f'--set {name}')
-    recipe = Recipe.read(values.recipe, **changes)
+    recipe = Recipe.read(values.recipe, **parse_changes(values.set))
     patience = timedelta(days=7)  # the others wait while process 0 prepares the store, on all cores
     use_gpu = torch.cuda.is_available() and not str_to_bool(os.environ.get('ACCELERATE_USE_CPU', 'false'))
     rejoin_after_restart('nccl' if use_gpu else 'gloo', patience)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN_VALUES', 'RENAMED', 'Share', 'Frames', 'Pixels', 'PlannedStage', 'stage_keys', 'Recipe', 'did_you_mean',
-           'explain_validation_errors', 'refuse_unknown_parameters']
+           'explain_validation_errors', 'parse_changes', 'refuse_unknown_parameters']
 
 # %% ../nbs/engine/recipe.ipynb #a0c1de02
 import ast
@@ -229,6 +229,17 @@ def explain_validation_errors(
     return '; '.join(texts[:3]) + ('; …' if texts[3:] else '')
 
 # %% ../nbs/engine/recipe.ipynb #deae3ef2
+def parse_changes(
+    words: Iterable[str],  # name=value each, after --set
+) -> dict[str, Any]:  # name → value, read as YAML
+    "Read values of a recipe from a command line. Raises ValueError for a word without =, and for no YAML."
+    changes = {}
+    for word in words:
+        name, equals, value = word.partition('=')
+        if not equals: raise ValueError(f'--set {word}: write name=value')
+        changes[name] = load_yaml(value, f'--set {name}')
+    return changes
+
 def refuse_unknown_parameters(
     cells: Iterable[str],  # the sources of the cells run so far: IPython's `In`
     known: Collection[str],  # names of the notebook's parameters
