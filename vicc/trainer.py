@@ -192,7 +192,6 @@ class Trainer:
         if self.compiled: mark_step()
         prototypes.normalize_()  # rows of C back on the sphere
         queue = self.queue if epoch >= settings.queue_start_epoch else None
-        self.optimizer.zero_grad(set_to_none=True)
         with self.accelerator.autocast():
             teacher = []
             if self.teacher is not None:  # z of the frozen stream
@@ -205,6 +204,7 @@ class Trainer:
                 projections, scores = self.model(views, teacher)  # z [B, D] and s = z Cᵀ [B, K], V of each
                 assignments = self.assign(scores, queue)  # q
                 loss = swapped_prediction_loss(scores, assignments, settings.temperature)
+            self.optimizer.zero_grad()
             self.accelerator.backward(loss)
         if epoch < settings.freeze_prototypes_epochs: prototypes.weight.grad = None
         self.optimizer.step()
@@ -236,6 +236,7 @@ class Trainer:
             projections = [torch.cat(view) for view in zip(*(output[0] for output in outputs))]
             scores = [torch.cat(view) for view in zip(*(output[1] for output in outputs))]
             assignments = self.assign(scores, queue)
+        self.optimizer.zero_grad()
         total = torch.zeros((), device=accelerator.device)
         for number, targets in enumerate(split_views(assignments, count)):
             last = number + 1 == count  # gradients are averaged over processes once
