@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fast.views import apply_color_ops, crop_resize, HUE, IDENTITY_FACTORS, per_channel
+from .fast.views import apply_color_ops, crop_resize, IDENTITY_FACTORS, per_channel
 
 # %% ../nbs/03_augment.ipynb #46e74c76
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class ViewSettings:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # range of the blur's standard deviation, pixels of the view
     strong: float = 0.3  # probability of a strong view in pairs of two clips
     one_clip: float = 0.5  # share of pairs that see one clip strong and weak
+    whole_frame_crops: bool = False  # released code: a box that does not fit is the whole frame
+    grey_frames: int = 0  # released code: frames (T) of a grey view that draw a channel each; 0: one for all
     flow_as_image: bool = False  # released code: flips keep u, colour operations touch flow too
+    flow_channels: str = 'uv'  # channels of flow: 'uv' is (u, v, 128), 'vu' the released code's (128, v, u)
 
     def __post_init__(self):
         for name, most in (('area', 1), ('aspect', inf), ('blur_sigma', inf)):
@@ -44,6 +47,9 @@ class ViewSettings:
         for name in 'flip brightness contrast saturation hue jitter grey blur strong one_clip'.split():
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'{name}={getattr(self, name)}: give a value in 0 to 1')
+        if self.flow_channels not in ('uv', 'vu') or self.size < 1:
+            raise ValueError(f"flow_channels={self.flow_channels}, size={self.size}: give 'uv' or 'vu', and a size "
+                             'of at least 1 pixel')
 
 # %% ../nbs/03_augment.ipynb #5f0b977d
 def choose_box(
@@ -54,12 +60,13 @@ def choose_box(
 ) -> tuple[int, int, int, int]:  # (top, left, height, width) in pixels
     "A random crop box that lies inside the frame. Source: ViCC, implementation details."
     (area_low, area_high), (aspect_low, aspect_high) = settings.area, settings.aspect
-    for attempt in range(10):
+    for attempt in range(1 if settings.whole_frame_crops else 10):
         area = height * width * (area_low + (area_high - area_low) * numbers[2 * attempt])
         aspect = exp(log(aspect_low) + log(aspect_high / aspect_low) * numbers[2 * attempt + 1])
         h, w = round(sqrt(area / aspect)), round(sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width: break
     else:
+        if settings.whole_frame_crops: return 0, 0, height, width
         h, w = min(height, round(width / aspect_low)), min(width, round(height * aspect_high))
         return (height - h) // 2, (width - w) // 2, h, w
     return int((height - h + 1) * numbers[20]), int((width - w + 1) * numbers[21]), h, w
@@ -80,6 +87,9 @@ def draw_view(
         spread = (settings.brightness, settings.contrast, settings.saturation, settings.hue)
         factors = [rest + s * (2 * x - 1) for rest, s, x in zip(IDENTITY_FACTORS, spread, n[28:32])]
     if strong and n[32] < settings.grey: grey = int(3 * n[32] / settings.grey)  # one number decides both
+    if settings.grey_frames:
+        own = np.random.default_rng(int(2**53 * n[32])).integers(3, size=settings.grey_frames)
+        grey = np.where(grey < 0, -1, own)
     if strong and n[33] < settings.blur:
         low, high = settings.blur_sigma
         sigma = low + (high - low) * n[34]
@@ -132,17 +142,19 @@ def denormalize(
 def apply_view(
     clips: Tensor,  # [B, T, H, W, C] uint8 on any device, C = 3 for RGB, 2 for flow
     view: dict[str, Tensor],  # collated choices of `draw_view`, [B, ...] each; best left on the CPU
-    settings: ViewSettings = ViewSettings(),  # size and `flow_as_image` are used
+    settings: ViewSettings = ViewSettings(),  # size, `flow_as_image` and `flow_channels` are used
     stream: str = 'rgb',  # 'rgb' or 'flow'
 ) -> Tensor:  # [B, 3, T, size, size] float32, ImageNet-normalised, on the device of `clips`
     "Make one view of a batch of clips, all frames alike. Raises ValueError for clips of another kind."
-    channels = {'rgb': 3, 'flow': 2}[stream]
+    channels = {'rgb': 3, 'flow': 2}.get(stream)
     if clips.dtype != torch.uint8 or clips.shape[-1] != channels:
-        raise ValueError(f'{stream} clips must be uint8 [B, T, H, W, {channels}], '
-                         f'not {clips.dtype} {list(clips.shape)}')
+        raise ValueError(f"{stream} clips must be uint8 [B, T, H, W, C], C = 3 for stream='rgb', 2 for 'flow', "
+                         f'not {clips.dtype} {list(clips.shape)}. Values are bytes, 0–255: floats of 0–1 become '
+                         'bytes by (clips*255).round().to(torch.uint8)')
     with torch.autocast(clips.device.type, enabled=False):  # bfloat16 does not hold 255 grey levels
         images = crop_resize(clips, view['box'], view['flip'], settings.size)
         if stream == 'flow': images = flow_images(images, view['flip'], negate=not settings.flow_as_image)
+        if stream == 'flow' and settings.flow_channels == 'vu': images = images.flip(1)  # (128, v, u)
         images = images.div_(255)
         if stream == 'rgb' or settings.flow_as_image: images = apply_color_ops(images, view)
         return normalize(images)

@@ -31,10 +31,11 @@ def main(
     "The command `vicc`: hand the words after the name of a sub-command over to its module."
     arguments = sys.argv[1:] if arguments is None else arguments
     listed = '\n'.join(f'  {name:10}{text}' for name, (_, text) in COMMANDS.items())
-    parser = argparse.ArgumentParser('vicc', usage='vicc COMMAND …', description=f'commands:\n{listed}',
-                                     epilog='vicc COMMAND --help says more.',
+    parser = argparse.ArgumentParser('vicc', 'vicc COMMAND …', f'commands:\n{listed}', add_help=False,
+                                     epilog='`vicc COMMAND --help` lists the options of one.',
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help='one of these')
+    parser.add_argument('--help', '-h', action='help', help=argparse.SUPPRESS)
+    parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help=argparse.SUPPRESS)
     command = parser.parse_args(arguments[:1]).command
     resolve_name(COMMANDS[command][0])(arguments[1:])
 

@@ -19,11 +19,12 @@ from torch.utils.data import Dataset, default_collate
 
 from .augment import draw_pair, ViewSettings
 from .engine.io import file_digest
-from .engine.loader import check_shared_memory, EpochBatchSampler, EpochLoader
+from .engine.loader import EpochBatchSampler, EpochLoader
 from .fast.planes import Box, pack_clips, RawClip, read_planes
-from .prepare import read_checksums, Store, STREAMS
+from .prepare import read_checksums, Store, STREAMS, unstack_flow
 from vicc.video import (
-    clip_indices, open_container, random_clip_start, require_file, test_clip_indices, VideoError,
+    clip_indices, open_container, random_clip_start, read_frames, read_with_decord, require_file,
+    test_clip_indices, VideoError,
 )
 
 CHANNELS = {'rgb': 3, 'flow': 2}
@@ -94,8 +95,10 @@ class FrameReader:
         top, left, height, width = box or (0, 0, *self.shapes[video][1:])
         rows, columns = slice(top, top + height), slice(left, left + width)
         if self.cache is None:
-            self.verify(video, stream)
-            return self.store.read(video, stream, indices)[:, rows, columns]
+            file = self.verify(video, stream)
+            if (video, stream) not in self.numbers: frames = read_frames(file, indices)  # an older store
+            else: frames = read_with_decord(file, indices)
+            return (unstack_flow(frames) if stream == 'flow' else frames)[:, rows, columns]
         if (video, stream) not in self.cache: self.cache[video, stream] = self.read_video(video, stream)
         return self.cache[video, stream][indices, rows, columns]
 
@@ -109,7 +112,7 @@ class FrameReader:
             return [RawClip(self.read(video, stream, indices, box), *box[2:]) for indices, box in wanted]
         clips = read_clips(self.verify(video, stream), stream, wanted)
         if clips is not None: return clips
-        whole, clips = self.read_video(video, stream), []  # an odd file, which could crash decord
+        whole, clips = self.read_video(video, stream), []  # a file of another kind
         for indices, (top, left, height, width) in wanted:
             clips.append(RawClip(whole[indices, top:top + height, left:left + width], height, width))
         return clips
@@ -215,12 +218,9 @@ def training_loader(
     "Batches of training samples. Raises ValueError if there are too few for a batch in every process."
     if len(dataset) < batch_size*processes:
         raise ValueError(f'{len(dataset)} videos do not fill one batch of {batch_size} in each of '
-                         f'{processes} processes: lower batch_size, or give more videos')
+                         f'{processes} processes: lower batch_size (of a recipe: single_batch_size and '
+                         'cross_batch_size), or give more videos')
     workers = 0 if dataset.frames.cache is not None else workers
-    if workers:  # two batches of each are in flight; a sample is about one whole clip of each stream
-        pixels = float((dataset.rows.height*dataset.rows.width).mean())*dataset.clip_length
-        sample_bytes = pixels*sum({'rgb': 1.5, 'flow': 2}[stream] for stream in dataset.streams)
-        check_shared_memory(2*workers*batch_size*sample_bytes)
     sampler = EpochBatchSampler(len(dataset), batch_size, dataset.seed, processes, process, epochs)
     return EpochLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
                        generator=torch.Generator(),  # not the one that the networks use

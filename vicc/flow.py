@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['PIXELS_AT_ONCE', 'METHODS', 'warp', 'flow_to_colour', 'end_point_error', 'opencv_has_tvl1', 'choose_backend', 'tvl1',
-           'farneback', 'dis', 'opencv_threads', 'grey', 'compute_flow', 'quantise', 'dequantise']
+           'farneback', 'dis', 'grey', 'compute_flow', 'quantise', 'dequantise']
 
 # %% ../nbs/01_flow.ipynb #528f0b92
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import cv2
@@ -121,11 +119,9 @@ def choose_backend(
         if kind == 'cpu': return 'opencv'
         return 'triton' if kind == 'cuda' and HAS_TRITON else 'torch'
     runs = {'opencv': kind == 'cpu', 'torch': True, 'triton': HAS_TRITON and (kind == 'cuda' or INTERPRETED)}
-    if backend not in runs: raise ValueError(f"unknown backend '{backend}': use 'auto' or {list(runs)}")
-    if not runs[backend]:
-        raise ValueError(f"backend '{backend}' does not compute on {device} here: 'opencv' needs the CPU, "
-                         "'triton' a CUDA device and the package triton; 'torch' computes on any device")
-    return backend
+    if runs.get(backend): return backend
+    raise ValueError(f"backend '{backend}' does not compute on {device} here: 'opencv' needs the CPU, 'triton' "
+                     "a CUDA device and the package triton; 'torch' runs on any device, 'auto' chooses")
 
 def tvl1(
     previous: np.ndarray | Tensor,  # uint8 [N, H, W] grey frames
@@ -172,16 +168,6 @@ def dis(
         algorithm.setFinestScale(min(algorithm.getFinestScale(), finest))
     return _opencv_flows(algorithm, previous, following)
 
-@contextmanager
-def opencv_threads(
-    count: int,  # threads OpenCV may use in this process; 1 in worker processes
-) -> Iterator[None]:
-    "Let OpenCV use `count` threads inside the block. A setting of the process: not for two threads at once."
-    before = cv2.getNumThreads()
-    cv2.setNumThreads(count)
-    try: yield
-    finally: cv2.setNumThreads(before)
-
 def grey(
     frames: np.ndarray | Tensor,  # uint8 [..., H, W, 3] RGB
 ) -> np.ndarray | Tensor:  # uint8 [..., H, W], same kind
@@ -211,10 +197,11 @@ def quantise(
     bound: float = 20,  # pixels; longer motions are cut
 ) -> np.ndarray | Tensor:  # uint8, same shape and kind; 128 is no motion
     "Flow as 8-bit numbers: round((flow + bound) * 255 / (2 * bound)) of the clipped flow."
-    if bound <= 0: raise ValueError(f'bound is {bound}: it must be positive')
     values = _tensor(flow).float()
     unknown = int((~torch.isfinite(values)).sum())
-    if unknown: raise ValueError(f'{unknown} values that are not finite have no 8-bit number')
+    if unknown or bound <= 0:
+        raise ValueError(f'{unknown} values are not finite, the bound is {bound}: both must be numbers, '
+                         'and the bound positive')
     return _like(((values.clamp(-bound, bound) + bound) * (255 / (2 * bound))).round().to(torch.uint8), flow)
 
 def dequantise(

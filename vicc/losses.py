@@ -21,12 +21,14 @@ def pair_losses(
 ) -> Tensor:  # [V, V] nats: row v gives the target, column w predicts
     """Compute the mean cross-entropy $\\ell(v, w)$ of every pair of views, the diagonal included.
 
-    Raises ValueError for fewer than 2 views or shapes that differ. Source: ViCC, Section 3.
+    Raises ValueError for fewer than 2 views, shapes that differ, or a temperature that is not above 0.
+    Source: ViCC, Section 3.
     """
     shapes = [tuple(view.shape) for view in (*scores, *assignments)]
-    if len(scores) < 2 or len(scores) != len(assignments) or len(set(shapes)) > 1:
-        raise ValueError('give scores and assignments of the same 2 or more views, all [B, K]; got '
-                         f'{len(scores)} and {len(assignments)} views of shapes {shapes}')
+    if len(scores) < 2 or len(scores) != len(assignments) or len(set(shapes)) > 1 or temperature <= 0:
+        raise ValueError('give scores and assignments of the same 2 or more views, all [B, K], and a '
+                         f'temperature above 0; got {len(scores)} and {len(assignments)} views of shapes '
+                         f'{shapes}, and {temperature}')
     log_p, q = [], []
     for s, assigned in zip(scores, assignments):
         dtype = torch.promote_types(s.dtype, torch.float32)

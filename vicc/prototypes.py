@@ -90,6 +90,7 @@ def sinkhorn(
     A NaN or an infinite score makes the whole result NaN.
     Source: ViCC, Section 3; SwAV (Caron et al. 2020), Section 3.1; Cuturi, NeurIPS 2013.
     """
+    if epsilon <= 0: raise ValueError(f'epsilon={epsilon}: give a number above 0')
     log_assignments = scores.to(torch.promote_types(scores.dtype, torch.float32))/epsilon
     for _ in range(iterations):
         # every prototype gets the same total, and then every clip

@@ -19,8 +19,9 @@ import pandas as pd
 
 from vicc.engine.io import find_project, write_text
 from vicc.manifests import read_manifest
-from vicc.prepare import reason
 from vicc.synthetic import make_moving_shapes
+
+from real_videos import reason
 
 DAMAGES = ('replaced by a text', 'cut off', 'bits turned')
 

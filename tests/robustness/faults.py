@@ -316,7 +316,7 @@ def bad_gradient(bench: Bench) -> dict:
 @fault('GPU out of memory', 'torch.OutOfMemoryError at step 13 (simulated: there is no GPU in this run)', 'ends and says what to lower')
 def out_of_memory(bench: Bench) -> dict:
     trial = bench.trial('memory')
-    return trial.result(trial.run('memory', STEPS + 5), 'too little memory .* raise accumulate', (2,))
+    return trial.result(trial.run('memory', STEPS + 5), 'too little memory: .* raise accumulate', (2,))
 
 def damaged(bench: Bench, name: str, number: int, file: str, how: str) -> dict:
     "The same command on a run whose newest checkpoints were damaged."

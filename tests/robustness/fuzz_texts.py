@@ -36,17 +36,17 @@ from vicc.recipe import Recipe
 
 from vicc.engine.io import find_project
 
-from vicc.run_dir import check_same_run, init_run_dir, method_record, read_history
+from vicc.run_dir import begin_run, init_run_dir, read_history
 from vicc.engine.checkpoint import save_checkpoint
-from vicc.engine.io import file_digest, yaml_text
+from vicc.engine.io import file_digest, read_yaml
 from vicc.engine.io import IsolatedCall, WorkerDied
-from vicc.manifests import dataset_description, kinetics_table, read_manifest, read_split_list, ucf101_marks, write_manifest
+from vicc.manifests import kinetics_manifest, read_manifest, read_split_list, write_manifest
 from vicc.prepare import PrepareSettings, Store, init_store, read_checksums
 from vicc.prototypes import ProjectionQueue
 from vicc.evaluation import cached_chunks
 from vicc.trainer import Trainer, StageConfig, VICC
 from vicc.streams import SAVED_FILES, STREAM_CHECKSUMS, Stream, load_released, load_stream, save_stream, split_released
-from vicc.engine.fit import EpochState, load_training_state
+from vicc.engine.fit import EpochState, FitLoop
 
 SECONDS = 20  # that one file may take
 ROOT = find_project(__file__)
@@ -187,7 +187,8 @@ class Toy:
     "As much of a stage as a checkpoint needs."
     state_dict, load_state_dict = Trainer.state_dict, Trainer.load_state_dict
     rank_state_dict, load_rank_state_dict = Trainer.rank_state_dict, Trainer.load_rank_state_dict
-    overridable = ()
+    overridable, seed, teacher_moves = (), 0, False
+    def fingerprint(self): return dict(title='toy', seed=self.seed)
     def __init__(self):
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -196,13 +197,11 @@ class Toy:
             self.stream(torch.randn(5, 4)).square().sum().backward()
             self.optimizer.step()
 
-FACTS = dict(title='toy', seed=0)
-
 def make_checkpoint(folder: Path) -> None:
     toy, metrics = Toy(), argparse.Namespace(loss=torch.tensor(1.), steps=2)
     history = [dict(stage='toy', epoch=1, loss=1.5, online_r1=math.nan)]
     state = EpochState.capture(2, metrics, torch.device('cpu'))
-    shared = dict(trainer=toy.state_dict(), history=history, fingerprint=FACTS)
+    shared = dict(trainer=toy.state_dict(), history=history, fingerprint=toy.fingerprint())
     own = dict(trainer=toy.rank_state_dict(), epoch_state=vars(state))
     save_checkpoint(folder, 3, shared, own, toy.accelerator)
 
@@ -234,23 +233,21 @@ def read_store(folder: Path) -> None:
 
 def make_run(folder: Path) -> None:
     tiny = Recipe.read(ROOT/'nbs'/'recipes'/'demo.yaml', backbone_options={'width': 4}, num_prototypes=6, projection_dim=8)
-    tiny.write(folder/'recipe.yaml')
-    (folder/'training_videos.csv').write_text(VIDEOS[['video']].to_csv(index=False))
-    (folder/'method.yaml').write_text(yaml_text(method_record(VICC)))
+    begin_run(tiny, folder, {}, VIDEOS, VICC, Accelerator(cpu=True))
     (folder/'history.csv').write_text(pd.DataFrame([dict(stage='rgb-1', stream='rgb', epoch=epoch, loss=3/epoch, online_r1=math.nan) for epoch in (1, 2, 3)]).to_csv(index=False))
 
 def read_run(folder: Path) -> None:
     recipe = Recipe.read(ROOT/'nbs'/'recipes'/'demo.yaml', backbone_options={'width': 4}, num_prototypes=6, projection_dim=8)
-    check_same_run(folder, VIDEOS, VICC)
     read_history(folder/'history.csv')
-    init_run_dir(recipe, folder)
+    files = {name: (sound('files of a run')/name).read_text() for name in ('training_videos.csv', 'method.yaml')}
+    init_run_dir(recipe, folder, files=files)
 
 def make_lists(folder: Path) -> None:
-    (folder/'trainlist01.txt').write_text(''.join(f'{name}/v_{name}_g{group:02}_c01.avi {label}\n' for label, name in ((1, 'ApplyEyeMakeup'), (2, 'ApplyLipstick')) for group in (8, 9)))
     (folder/'wave_test_split1.txt').write_text(''.join(f'film_wave_u_nm_np1_fr_med_{n}.avi {n % 3}\n' for n in range(6)))
 
 def make_kinetics(folder: Path) -> None:
     pd.DataFrame([dict(label='abseiling', youtube_id=f'id{n}', time_start=n, time_end=n + 10, split='train') for n in range(5)]).to_csv(folder/'kinetics.csv', index=False)
+    for n in range(5): (folder/f'id{n}.mp4').touch()
 
 def make_parts(folder: Path) -> None: cached_chunks(folder, 'facts', [range(0, 2)], lambda part: torch.ones(2, 3))
 
@@ -268,14 +265,14 @@ KINDS = {
     'manifests': Kind(lambda folder: write_manifest(VIDEOS, folder/'manifest.csv'), lambda folder: read_manifest(folder/'manifest.csv'), '*.csv'),
     'recipes': Kind(lambda folder: shutil.copy(ROOT/'nbs'/'recipes'/'demo.yaml', folder/'recipe.yaml'), lambda folder: Recipe.read(folder/'recipe.yaml'), '*.yaml'),
     'stores': Kind(make_store, read_store, '*.[cj]s*'),
-    'checkpoints': Kind(make_checkpoint, lambda folder: load_training_state(Toy(), folder, FACTS), 'step-*/*'),
+    'checkpoints': Kind(make_checkpoint, lambda folder: FitLoop(Toy(), [], folder).load(), 'step-*/*'),
     'saved streams': Kind(lambda folder: save_stream(Stream('small', 4, 8, {'width': 2}), folder/'rgb'), lambda folder: load_stream(folder/'rgb'), 'rgb/*', lambda folder: sign_stream(folder/'rgb')),
     'released files': Kind(make_released, read_released, '*.tar'),
     'cached features': Kind(make_parts, read_parts, '*/*.safetensors'),
     'files of a run': Kind(make_run, read_run, '*.*'),
-    'split lists': Kind(make_lists, lambda folder: (read_split_list(folder/'trainlist01.txt', ucf101_marks), read_split_list(folder/'wave_test_split1.txt', lambda name: tuple('012'))), '*.txt'),
-    'Kinetics tables': Kind(make_kinetics, lambda folder: kinetics_table(folder/'kinetics.csv'), '*.csv'),
-    'descriptions': Kind(lambda folder: shutil.copy(ROOT/'data_manifests'/'datasets.yaml', folder/'datasets.yaml'), lambda folder: dataset_description('ucf101', folder), '*.yaml'),
+    'split lists': Kind(make_lists, lambda folder: read_split_list(folder/'wave_test_split1.txt'), '*.txt'),
+    'Kinetics tables': Kind(make_kinetics, lambda folder: kinetics_manifest(folder, folder/'kinetics.csv'), '*.csv'),
+    'descriptions': Kind(lambda folder: shutil.copy(ROOT/'data_manifests'/'datasets.yaml', folder/'datasets.yaml'), lambda folder: read_yaml(folder/'datasets.yaml'), '*.yaml'),
 }
 
 # One case, and many
@@ -364,7 +361,7 @@ def fuzz_texts(count: int = 2500, seed: int = 0, log: Callable[[str], None] = pr
         row, began = dict(kind=kind, tried=0, accepted=0, refused=0, **dict.fromkeys(PROBLEMS, 0), seconds=0., first_problem=''), time.monotonic()
         for number in range(len(cases)):
             try: outcome = Outcome(**worker(kind, seed, number)) if worker else one_case(kind, seed, number)
-            except WorkerDied as died: outcome = Outcome(kind, number, 'hangs' if died.how == 'hang' else 'crashes', str(died))
+            except WorkerDied as died: outcome = Outcome(kind, number, 'hangs' if 'hung' in str(died) else 'crashes', str(died))
             row['tried'] += 1
             row[outcome.what] += 1
             if outcome.what in PROBLEMS:

@@ -382,7 +382,9 @@ def try_case(run: Callable[..., Any], folder: Path, data: bytes, suffix: str, na
     for step in STEPS:
         start = time.monotonic()
         try: steps[step] = run(step, source, folder)
-        except WorkerDied as death: steps[step] = 'contained', f'{death.how}: {death}', time.monotonic() - start
+        except WorkerDied as death:
+            how = 'hang' if 'worked on it hung' in str(death) else 'memory' if 'of memory' in str(death) else 'crash'
+            steps[step] = 'contained', f'{how}: {death}', time.monotonic() - start
     wrong = left_behind(folder, steps['prepare'][0], data, source)
     if wrong: steps['left'] = 'problem', wrong, 0.
     return steps

@@ -130,7 +130,7 @@ def suffix_case(suffix, container_format, codec):
         touch(folder, f'a/1{suffix}', 'b/1.mp4')
         make_suffix(folder/'a'/f'1{suffix}', container_format, codec)
         write_video(folder/'b'/'1.mp4', [picture(number) for number in range(10)])
-        return [[f'a/1{suffix}', 0, 176], ['b/1.mp4', 1, 64]], rows(folder_manifest(folder, probe=probe), 'video', 'label', 'width')
+        return [[f'a/1{suffix}', 0, 176], ['b/1.mp4', 1, 64]], [[*row, probe(folder/row[0]).width] for row in rows(folder_manifest(folder))]
 
 
 for suffix, written_as in WRITTEN_AS.items(): suffix_case(suffix, *written_as)
@@ -169,53 +169,53 @@ def class_train(folder):
 
 @case('folder', 'JPEG frames instead of videos', 'tensorpack/tensorpack#887')
 def frame_folders(folder):
-    return says(r'holds no video but pictures \(2 .jpg\): .*frames_to_videos'), message(folder_manifest, touch(folder, 'a/1/1.jpg', 'a/1/2.jpg'))
+    return says(r'holds no video but pictures \(2 .jpg\): .*convert_frame_folders'), message(folder_manifest, touch(folder, 'a/1/1.jpg', 'a/1/2.jpg'))
 
 
 @case('folder', 'frames without zeros in front: 1, 2, 10', 'open-mmlab/mmflow#109')
 def frames_in_order(folder):
     pictures(folder/'in'/'run'/'a.b', *(f'img_{number}.png' for number in range(1, 13)))
-    written = manifests.frames_to_videos(folder/'in', folder/'out', fps=10)
+    written = manifests.convert_frame_folders(folder/'in', folder/'out', fps=10)
     return (['run/a.b.mp4'], list(range(1, 13)), 10), (written, levels(folder/'out'/written[0]), probe(folder/'out'/written[0]).fps)
 
 
 @case('folder', 'frames of an odd height')
 def odd_frames(folder):
     pictures(folder/'in'/'a', '01.png', '02.png', '03.png', size=(47, 63))
-    name, = manifests.frames_to_videos(folder/'in', folder/'out')
+    name, = manifests.convert_frame_folders(folder/'in', folder/'out')
     return (3, 47, 63, 3), read_frames(folder/'out'/name).shape
 
 
 @case('folder', 'frames and flow pictures in one folder, as dense_flow writes them', 'yjxiong/caffe#30')
 def frames_and_flow(folder):
     for kind in ('img', 'flow_x', 'flow_y'): pictures(folder/'in'/'a', *(f'{kind}_{number:05}.png' for number in range(1, 6)))
-    said = message(manifests.frames_to_videos, folder/'in', folder/'out')
+    said = message(manifests.convert_frame_folders, folder/'in', folder/'out')
     return ([1, 2, 3, 4, 5], True), (levels(folder/'out'/'a.mp4'), '10 flow pictures' in said and 'prepare computes flow' in said)
 
 
 @case('folder', 'nothing but flow pictures, in folders u and v', 'torchvideo/torchvideo#12')
 def only_flow(folder):
     for kind in 'uv': pictures(folder/kind, 'frame000001.png', 'frame000002.png')
-    return says('4 pictures, none of them an RGB frame: .* let prepare compute the flow'), message(manifests.frames_to_videos, folder, folder/'out')
+    return says('4 pictures, none of them an RGB frame: .* let prepare compute the flow'), message(manifests.convert_frame_folders, folder, folder/'out')
 
 
 @case('folder', 'a frame is missing')
 def missing_frame(folder):
     pictures(folder/'a', '1.png', '2.png', '4.png')
-    return says('/a: the pictures are not one series of numbers without gaps'), message(manifests.frames_to_videos, folder, folder/'out')
+    return says('/a: the pictures are not one series of numbers without gaps'), message(manifests.convert_frame_folders, folder, folder/'out')
 
 
 @case('folder', 'a preview picture beside the frames')
 def preview(folder):
     pictures(folder/'a', '0.png', '1.png', '2.png')
     cv2.imwrite(str(folder/'a'/'preview.png'), picture(9))
-    return says('/a: the pictures are not one series of numbers without gaps'), message(manifests.frames_to_videos, folder, folder/'out')
+    return says('/a: the pictures are not one series of numbers without gaps'), message(manifests.convert_frame_folders, folder, folder/'out')
 
 
 @case('folder', 'frames of two cameras in one folder')
 def two_cameras(folder):
     pictures(folder/'a', 'left_0.png', 'left_1.png', 'right_2.png', 'right_3.png')
-    return says('/a: the pictures are not one series of numbers without gaps'), message(manifests.frames_to_videos, folder, folder/'out')
+    return says('/a: the pictures are not one series of numbers without gaps'), message(manifests.convert_frame_folders, folder, folder/'out')
 
 
 @case('folder', 'a subset two folders down')
@@ -252,7 +252,43 @@ def only_names(folder):
 
 @case('table', 'names in the column of labels')
 def names_as_labels(folder):
-    return says("row 2, column label: 'run' is not a whole number .*: put names into class_name"), message(table, folder, 'video,label\na.mp4,run\n')
+    return says("row 2, column label: 'run' is not a whole number .*put names into class_name"), message(table, folder, 'video,label\na.mp4,run\n')
+
+
+@case('table', 'a misspelt column')
+def misspelt_column(folder):
+    return says(r'm.csv: columns that are not used: Lable \(did you mean label\?\)$'), message(table, folder, 'video,Lable,mine\na.mp4,1,x\n')
+
+
+@case('table', 'a row without a label, of a class that has one')
+def label_of_the_class(folder):
+    return [['a.mp4', 3], ['b.mp4', 3], ['c.mp4', -1]], rows(table(folder, 'video,label,class_name\na.mp4,3,run\nb.mp4,,run\nc.mp4,,walk\n'))
+
+
+@case('table', 'a comment in front of the header')
+def comment_first(folder):
+    return says("row 2: has 2 cells, the header '# my videos' has 1: .* or correct the header"), message(table, folder, '# my videos\nvideo,label\na.mp4,1\n')
+
+
+@case('table', 'a row that lacks a cell')
+def cell_missing(folder):
+    return says("row 3: has 1 cells, the header 'video,label' has 2: fill in cells that are missing"), message(table, folder, 'video,label\na.mp4,1\nb.mp4\n')
+
+
+@case('table', 'a header with commas and rows with semicolons')
+def two_separators(folder):
+    return says("row 2: has 1 cells, the header 'video,label' has 2: .* separate cells by ','"), message(table, folder, 'video,label\na.mp4;1\n')
+
+
+@case('table', 'a quote that is not closed')
+def open_quote(folder):
+    return says('or close a quote'), message(table, folder, 'video,label\n"a.mp4,1\nb.mp4,1\n"c.mp4,1\n')
+
+
+@case('folder', 'a folder that is called like a video')
+def folder_as_video(folder):
+    (folder/'a.mp4').mkdir()
+    return says(r'a.mp4 \(row 2\) is a folder'), message(manifests.require_videos, pd.DataFrame(dict(video=['a.mp4'])), folder)
 
 
 @case('table', 'labels 200000 … 900000', 'zylo117/Yet-Another-EfficientDet-Pytorch#344')
@@ -416,7 +452,7 @@ def kinetics(folder, text, *files):
     "The manifest of some Kinetics clips: rows, and problems."
     (folder/'k.csv').write_text(KINETICS + text)
     manifest = manifests.kinetics_manifest(touch(folder/'videos', *files), folder/'k.csv', classes=['jump', 'run'])
-    return rows(manifest), [problem['video'] for problem in manifest.attrs['problems']]
+    return rows(manifest), list(manifest.attrs['problems'])
 
 
 @case('table', 'Kinetics files without zeros in front', 'cvdfoundation/kinetics-dataset#3')
@@ -467,7 +503,7 @@ def odd_name(name, problem):
     @case('name', f'{name!r} beside a plain name')
     def of_name(folder):
         manifest = folder_manifest(touch(folder, 'run/plain.mp4', name), labelled=False)
-        return (['run/plain.mp4'], [[name, problem]]), (manifest.video.tolist(), [list(entry.values()) for entry in manifest.attrs['problems']])
+        return (['run/plain.mp4'], [[name, problem]]), (manifest.video.tolist(), [list(entry) for entry in manifest.attrs['problems'].items()])
 
 
 for name, problem in {'run/a\\b.mp4': 'has a backslash in its name, or a drive: rename it', 'run/a\nb.mp4': 'has a name that is not text: rename it',
@@ -501,7 +537,19 @@ TESTS = {
         'test_pixels_that_are_not_square_are_noted': ('video', 'pixels twice as wide as high', '', 'a note'),
         'test_uneven_times_are_noted': ('video', 'variable frame rate', 'dmlc/decord#54', 'a note'),
         'test_doubled_frames_are_noted': ('video', 'telecine: every fifth frame doubled', '', 'a note'),
-        'test_interlaced_video_is_noted': ('video', 'interlaced pictures', '', 'a note')},
+        'test_interlaced_video_is_noted': ('video', 'interlaced pictures', '', 'a note'),
+        'test_uneven_times_become_even': ('video', 'variable frame rate, --fps', 'dmlc/decord#54', 'the frames shown at even times'),
+        'test_the_rate_that_a_file_has_changes_nothing': ('video', '--fps of the rate that the file has', '', 'every frame once, no note'),
+        'test_other_rates': ('video', '--fps of another rate', '', 'the frames shown at even times, with a note'),
+        'test_telecine': ('video', 'telecine, by flags or doubled frames, --fps 24', '', 'every frame of the film once'),
+        'test_a_long_gap_is_closed_with_a_note': ('video', 'a gap of seconds or days between two frames, --fps', '', 'closed, with a note'),
+        'test_deinterlacing': ('video', 'interlaced pictures, --deinterlace', '', 'no combing, with a note'),
+        'test_deinterlacing_leaves_other_videos_alone': ('video', 'a video that is not interlaced, --deinterlace', '', 'the same bytes')},
+    'test_prepare.py': {
+        'test_ready_made_flow': ('flow', 'ready-made flow', '', 'stored as it is, the last repeated'),
+        'test_ready_made_flow_of_another_size': ('flow', 'ready-made flow at twice the size', '', 'resized, its motion halved'),
+        'test_ready_made_flow_that_does_not_fit': ('flow', 'ready-made flow of a wrong count or shape, or none', '', 'set aside with a sentence'),
+        'test_ready_made_flow_with_a_gap': ('flow', 'ready-made flow with pictures missing', '', 'set aside with a sentence')},
     'test_streams.py': {
         'test_a_stream_records_what_it_was_trained_on_beside_the_same_weights': ('modality', 'flow weights given as RGB', '', 'refused; weights without a record load')},
     'test_evaluation.py': {
@@ -525,7 +573,7 @@ def test_rows():
     "Run the tests of TESTS: a row for each, and each of its parameters."
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/'report.xml'
-        command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-n', '0', f'--junitxml={report}', *(str(UNIT/file) for file in TESTS)]
+        command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-n', '0', f'--junitxml={report}', *(f'{UNIT/file}::{test}' for file, tests in TESTS.items() for test in tests)]
         subprocess.run(command, cwd=UNIT.parents[1], stdout=subprocess.DEVNULL, check=False)
         for test in ElementTree.parse(report).iter('testcase'):
             name, _, parameters = test.get('name').partition('[')

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import tempfile
 import time
 import warnings
@@ -18,8 +19,14 @@ import pandas as pd
 
 from vicc.engine.io import IsolatedCall, write_text
 from vicc.manifests import folder_manifest
-from vicc.prepare import PrepareSettings, prepare, reason
+from vicc.prepare import PrepareSettings, prepare
 from vicc.video import probe
+
+def reason(problem: str) -> str:
+    "The kind of a problem, for counting: without the file, and with N for numbers."
+    text = re.sub(r'^.*\.\w+(?=[ :])', '', problem.split('. ')[0])
+    return re.sub(r'\d+', 'N', text).strip(' :')
+
 
 def real_videos(videos: Path, store: Path, settings: PrepareSettings, workers: int | None) -> dict:
     "What happened to the videos of a folder."
@@ -38,7 +45,7 @@ def real_videos(videos: Path, store: Path, settings: PrepareSettings, workers: i
     made = prepare(wanted, videos, store, settings, workers=workers, max_failed=1.)
     problems = pd.read_csv(store/'problems.csv')
     return dict(videos=len(manifest), endings=manifest.video.str.rsplit('.', n=1).str[1].str.lower().value_counts().to_dict(), opened=dict(Counter(opened).most_common()),
-                left_out_because_of_equal_names=int(stems.duplicated().sum()), settings=dict(short_side=settings.short_side, flow_method=settings.flow_method), report=made.report,
+                left_out_because_of_equal_names=int(stems.duplicated().sum()), settings=dict(short_side=settings.short_side, flow_method=settings.flow_method), report=made.report | dict(set_aside=Counter(map(reason, problems.problem))),
                 set_aside=[dict(video=row.video, problem=row.problem.replace(str(videos), '…')) for row in problems.itertuples()],
                 notes=Counter(reason(note) for note in made.manifest.note if note).most_common() if 'note' in made.manifest else [], checksums_wrong=len(made.check()),
                 seconds=seconds | dict(prepare=made.report['seconds']))

@@ -48,7 +48,7 @@ def before_step(monkeypatch, at, act):
         real(self, *arguments)
     monkeypatch.setattr(Trainer, 'step', step)
 
-@pytest.mark.parametrize('name, message', [('loss', 'lower the learning rate.*last good checkpoint'), ('memory', 'too little memory for batch_size 2.*raise accumulate')])
+@pytest.mark.parametrize('name, message', [('loss', 'lower the learning rate.*last good checkpoint'), ('memory', 'too little memory: lower batch_size .2.*raise accumulate')])
 def test_ends_with_advice_and_goes_on(store, tmp_path, unbroken, monkeypatch, name, message):
     before_step(monkeypatch, 6, faults.INSIDE[name])
     with pytest.raises(ValueError, match=message): train(store, tmp_path)

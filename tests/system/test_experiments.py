@@ -9,7 +9,6 @@ import yaml
 
 from vicc.recipe import Recipe
 from vicc.manifests import folder_manifest, write_manifest
-from vicc.video import probe
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted((ROOT/'nbs').glob('run_*.ipynb'))
@@ -45,7 +44,7 @@ def test_pretrain_makes_its_own_data_and_goes_on(tmp_path):
 @pytest.mark.skipif(not UT_INTERACTION.is_dir(), reason='needs the real clips beside the clone')
 @pytest.mark.timeout(300)
 def test_pretrain_on_real_clips(tmp_path):
-    manifest = folder_manifest(UT_INTERACTION, group=r'set1_\d+_(\d+)_', probe=probe)
+    manifest = folder_manifest(UT_INTERACTION, group=r'set1_\d+_(\d+)_')
     write_manifest(manifest[manifest.group.isin(['1', '2', '3'])], tmp_path/'clips.csv')
     execute(dict(TINY, manifest=str(tmp_path/'clips.csv'), videos=str(UT_INTERACTION), output=str(tmp_path/'run'), short_side=48, collapse_lesson=False, single_batch_size=4,
                  cross_batch_size=4, test_fraction=0.34), tmp_path)
@@ -63,6 +62,22 @@ def test_unlabelled_videos_in_two_processes(tmp_path):
             tmp_path)
     assert len((tmp_path/'run'/'history.csv').read_text().splitlines()) == 5 and yaml.safe_load((tmp_path/'run'/'recipe.yaml').read_text())['num_prototypes'] == 6
     assert json.loads((tmp_path/'run'/'metrics.json').read_text())['results'] == {}
+
+@pytest.mark.timeout(600)
+def test_audit_of_a_stand_in_and_of_a_file(tmp_path):
+    values = dict(shapes=16, epochs=1, repeats=1, output=str(tmp_path/'one'))
+    assert pictures(execute(values, tmp_path, 'run_audit')) == 1
+    one = json.loads((tmp_path/'one'/'metrics.json').read_text())
+    assert one['read_as'] == 'flow' and one['stand_in'] and one['what'].startswith('s3d, ViCC, single-stream, K = 16')
+    rows = {'as here', 'gallery: one random clip a video', 'test jitter', 'both: the released protocol', 'not centred', 'centred by one mean',
+            'channels not translated', 'published: ViCC-RGB-2', 'chance'}
+    assert rows <= set(one['audit']) and one['audit']['published: ViCC-R+F-2']['R@1'] == .651
+    files = dict(released=tmp_path/'one'/'stand-in.pth.tar', store=tmp_path/'one'/'store', manifest=tmp_path/'one'/'moving_shapes'/'train.csv',
+                 test_manifest=tmp_path/'one'/'moving_shapes'/'test.csv', output=tmp_path/'two')
+    execute({name: str(path) for name, path in files.items()} | dict(repeats=1), tmp_path, 'run_audit')
+    two = json.loads((tmp_path/'two'/'metrics.json').read_text())
+    assert not two['stand_in'] and two['read_as'] in ('rgb', 'flow')
+    if two['read_as'] == 'flow': assert two['audit']['as here'] == one['audit']['as here']
 
 @pytest.mark.parametrize('notebook', EXPERIMENTS, ids=lambda path: path.stem)
 def test_has_documented_parameters(notebook):

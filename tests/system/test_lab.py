@@ -26,7 +26,7 @@ PICTURES = Path(PICTURES) if PICTURES else None
 SMALL = {'run_pretrain.ipynb': dict(num_train_videos=16, num_test_videos=8, collapse_lesson=False, changes=dict(
     single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=1, cycles=1, single_batch_size=8, cross_batch_size=8,
     num_prototypes=8))}
-WRITTEN = {'run_pretrain.ipynb': ['pretrain/metrics.json', 'pretrain/report.html'],
+WRITTEN = {'run_pretrain.ipynb': ['pretrain/metrics.json', 'pretrain/pictures/training.png'],
            'run_prototypes.ipynb': ['prototypes/metrics.json', 'prototypes/explorer.html']}
 RUN_ALL = '''async () => {
     await jupyterapp.restored

@@ -15,7 +15,7 @@ from vicc.fast.views import IDENTITY_FACTORS, crop_resize
 def test_paper_values():
     expected = dict(size=128, area=(.2, 1.), aspect=(3 / 4, 4 / 3), flip=.5, brightness=.4, contrast=.4,
                     saturation=.4, hue=.1, jitter=.8, grey=.2, blur=.5, blur_sigma=(.1, 2.), strong=.3, one_clip=.5,
-                    flow_as_image=False)
+                    flow_as_image=False, flow_channels='uv', whole_frame_crops=False, grey_frames=0)
     assert {f.name: getattr(ViewSettings(), f.name) for f in fields(ViewSettings)} == expected
 
 
@@ -125,6 +125,13 @@ def test_flip_negates_every_byte():
     assert np.array_equal(byte(-motion)[moving], (255 - byte(motion))[moving])
 
 
+def test_flow_channels_of_the_released_code():
+    "A network sees (128, v, u); everything else of the view is the same."
+    view, clips = views_of(ViewSettings(), 4, 24, 32), random_clips(4, 3, 24, 32, 2)
+    ours, theirs = (denormalize(apply_view(clips, view, ViewSettings(size=16, flow_channels=order), 'flow')) for order in ('uv', 'vu'))
+    assert torch.allclose(ours[:, 2], torch.full((), 128/255), atol=1e-6) and torch.allclose(theirs, ours.flip(1), atol=1e-6)
+
+
 def test_strong_flow_view_keeps_its_colours_by_default():
     clips, strong = random_clips(8, 3, 40, 40, 2), views_of(STRONG, 8, 40, 40)
     neutral = torch.tensor([IDENTITY_FACTORS] * 8)
@@ -168,7 +175,9 @@ def test_collated_pair_through_default_collate():
 def test_misuse_is_explained():
     clips, view = random_clips(2, 2, 40, 40, 3), views_of(STRONG, 2, 40, 40)
     for call, words in ((lambda: apply_view(clips, view, STRONG, 'flow'), 'flow clips must be uint8'),
-                        (lambda: apply_view(clips.float(), view, STRONG), 'float32'),
+                        (lambda: apply_view(clips.float(), view, STRONG), r'float32.*by \(clips\*255\).round\(\).to\(torch.uint8\)'),
+                        (lambda: apply_view(clips, view, STRONG, 'RGB'), "RGB clips must be .* C = 3 for stream='rgb'"),
+                        (lambda: ViewSettings(size=0), 'size=0: give .* at least 1 pixel'),
                         (lambda: center_crop(torch.tensor([[40, 50]]), 60), 'crop of 60 does not fit')):
         with pytest.raises(ValueError, match=words): call()
 

@@ -290,3 +290,4 @@ def test_registry(monkeypatch):
     with pytest.raises(ValueError, match="did you mean 'mean'"): create_backbone('means')
     register_backbone('anything', lambda **options: Mean(**options))
     assert create_backbone('anything', scale=4).scale == 4
+    with pytest.warns(UserWarning, match="'small' was a backbone of vicc"): register_backbone('small', Mean)

@@ -7,12 +7,15 @@ import tarfile
 from itertools import count
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pandas as pd
 import papermill
 import pytest
 import torch
+from PIL import Image
 
+from system.flow_errors import flow_errors, main as flow_errors_main
 from vicc import alternation, bench, prepare
 from vicc.recipe import Recipe
 from vicc.engine.io import find_project
@@ -54,16 +57,20 @@ def test_the_clock_waits_for_the_device(monkeypatch):
                         SimpleNamespace(perf_counter=lambda: events.append('clock') or float(len(events))))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.accelerator, 'synchronize', lambda device: events.append(f'wait {device}'))
-    seconds = bench.measure(lambda: events.append('work'), repeats=2, warm_up=1, device='cuda')
+    seconds, about = bench.measure(lambda: events.append('work'), repeats=2, warm_up=1, device='cuda')
     assert events == ['wait cuda', 'clock', 'work', 'wait cuda', 'clock']*3
-    assert seconds == [3.0, 3.0]  # clock, work, wait, clock: three events later
+    assert (seconds, about) == (3.0, dict(repeats=2, spread=0.0))  # clock, work, wait, clock: three events later
 
 
-def test_rows_hold_the_median_and_what_it_depends_on():
-    row = bench.speed_row('loader', 'x', 12, 'clips/s', [3, 1, 30], batch_size=4)
-    assert row == dict(part='loader', name='x', value=4.0, unit='clips/s',
-                       settings=dict(threads=torch.get_num_threads(), batch_size=4, repeats=3, spread=9.67))
-    assert bench.speed_row('flow', 'x', 1, 'pairs/s', [3.0], threads=7)['settings']['threads'] == 7
+def test_the_median_counts_and_rows_hold_what_it_depends_on(monkeypatch):
+    ticks = iter([0, 9, 10, 13, 14, 15, 16, 46])
+    monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=lambda: next(ticks)))
+    seconds, about = bench.measure(lambda: None, repeats=3)  # 9 does not count; 3, 1, 30
+    assert (seconds, about) == (3, dict(repeats=3, spread=9.67))
+    assert bench.bench_row('loader', 'x', 12/seconds, 'clips/s', batch_size=4, **about) == dict(
+        part='loader', name='x', value=4.0, unit='clips/s',
+        settings=dict(threads=torch.get_num_threads(), batch_size=4, repeats=3, spread=9.67))
+    assert bench.bench_row('flow', 'x', 1, 'pairs/s', threads=7)['settings']['threads'] == 7
 
 
 def test_all_parts_with_seconds_of_one(one_second, config):
@@ -74,7 +81,8 @@ def test_all_parts_with_seconds_of_one(one_second, config):
                       ('loader workers 0', 4), ('loader workers 2', 8),  # two rounds of all workers
                       *((f'step small {name}', 2) for name in ('single with views', 'single', 'cross with views', 'cross')),
                       ('evaluation small in batches', 2*2)]  # 2 videos of 24 frames: clips start at 0 and 15
-    assert all({'threads', 'repeats', 'spread'} <= set(settings) and settings['spread'] == 0 for settings in timed.settings)
+    assert all({'threads', 'repeats', 'spread'} <= set(settings) and settings['spread'] == 0
+               for settings in timed.settings[timed.part != 'epoch'])
     assert [settings['size'] for settings in timed.settings] == ['48×64']*len(METHODS) + ['24×32']*len(METHODS) + ['48×64']*9
     epochs, steps = table[table.part == 'epoch'], table[table.part == 'step']
     assert list(zip(epochs.name, epochs.unit)) == [('small single', 'samples/s'), ('small single, waiting for data', '%'),
@@ -119,8 +127,8 @@ def test_every_sample_of_an_epoch_is_checked(one_second, config, store, monkeypa
 
 def test_rows_are_written_as_they_come(config, tmp_path, monkeypatch):
     def rows(_):
-        yield bench.speed_row('loader', 'first', 1, 'clips/s', [1.0])
-        yield bench.speed_row('loader', 'second', 1, 'clips/s', [1.0])
+        yield bench.bench_row('loader', 'first', 1, 'clips/s')
+        yield bench.bench_row('loader', 'second', 1, 'clips/s')
         raise KeyboardInterrupt
     monkeypatch.setitem(bench.PARTS, 'loader', rows)
     with pytest.raises(KeyboardInterrupt): bench.run(config(), ['loader'], output=tmp_path/'rows.json')
@@ -141,7 +149,7 @@ def test_hours(path):
 
 
 @pytest.mark.parametrize('words, message', [
-    (['steps', '--recipe', 'demo'], "unknown part 'steps': choose flow, loader, step, epoch, evaluation"),
+    (['steps', '--recipe', 'demo'], "no part 'steps' (there are flow, loader, step, epoch, evaluation)"),
     (['flow'], '--recipe'), (['--recipe', 'nothing'], 'nothing.yaml does not exist'),
     (['--recipe', 'demo', '--store', 'nowhere'], 'not a finished store'),
     (['--recipe', 'demo', '--set', 'backbone=big'], "'big'"), (['--recipe', 'demo', '--set', 'bakbone=s3d'], 'did you mean backbone?'),
@@ -169,6 +177,27 @@ def test_command(one_second, store, tmp_path, capsys):
     hours = bench.hours_needed(recipe.replace(cross_batch_size=1), 100, dict(single=2, cross=1))
     assert f'{hours:.1f} hours of training for 100 videos, at 2 samples/s single-stream and 1 samples/s cross-stream' in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ['bench.json', 'tiny.yaml']
+
+
+def test_errors_on_true_flow_are_added_to_the_speeds(tmp_path):
+    "Two equal pictures: nothing moves. A cut file and a missing picture are refused."
+    folder, output = tmp_path/'true', tmp_path/'flow.json'
+    folder.mkdir()
+    with pytest.raises(ValueError, match='holds no .flo files'): next(flow_errors(folder))
+    picture = np.random.default_rng(0).integers(0, 256, (64, 80), np.uint8)
+    for number in (0, 1): Image.fromarray(picture).save(folder/f'frame{number}.png')
+    cv2.writeOpticalFlow(str(folder/'flow.flo'), np.zeros((64, 80, 2), np.float32))
+    output.write_text(json.dumps(dict(machine=dict(cores=2), rows=[bench.bench_row('flow', 'x', 1, 'pairs/s')])))
+    flow_errors_main([str(folder), str(output)])
+    written = json.loads(output.read_text())
+    assert written['machine'] == dict(cores=2)
+    assert [row['name'] for row in written['rows']] == ['x', *(f'{name}, flow' for name in METHODS)]
+    assert max(row['value'] for row in written['rows'][1:]) < .01
+    (folder/'other.flo').write_bytes((folder/'flow.flo').read_bytes()[:-8])
+    with pytest.raises(ValueError, match='or a cut one'): list(flow_errors(folder))
+    (folder/'other.flo').unlink()
+    (folder/'frame1.png').unlink()
+    with pytest.raises(ValueError, match='needs two pictures beside it, and there are 1'): next(flow_errors(folder))
 
 
 def test_small_store_is_a_store(store):
@@ -219,7 +248,7 @@ def test_commands_of_the_gpu_script(tmp_path, capsys, store):
     for name, words in parts.items():
         words = words[3:] if words[0] == 'nice' else words
         if words[1:3] == ['-m', 'vicc.bench']:
-            _, values = bench.parse_args(words[3:])
+            values = bench.command_parser().parse_args(words[3:])
             values.store = str(store.path)  # the machine's own
             bench.create_config(values, tmp_path)
             assert values.output.name == f'{name}.json'

@@ -15,7 +15,7 @@ from vicc.alternation import main as train
 from vicc.commands import evaluate_command, evaluate_files, evaluation_remarks
 from vicc.prepare import STREAMS, prepare
 from vicc.recipe import Recipe
-from vicc.streams import Stream, save_stream
+from vicc.streams import Stream, export_released, save_stream
 from vicc.synthetic import make_moving_shapes
 
 
@@ -83,14 +83,62 @@ def test_what_the_numbers_cannot_show_is_said(store, shapes, remark, change):
 def test_other_clips_than_the_stream_was_trained_on_are_noted(words, capsys):
     streams, flags = words
     flags = flags | {'--recipe': 'demo'}
-    values = argparse.Namespace(streams=streams[:1], output=None, device='cpu', cache=None, **{name[2:]: value for name, value in flags.items()})
+    values = argparse.Namespace(streams=streams[:1], output=None, device='cpu', cache=None, released=None, modality=None, **{name[2:]: value for name, value in flags.items()})
     values.recipe = os.path.join(os.path.dirname(values.store), 'longer.yaml')
     Recipe.read('demo', clip_length=6).write(values.recipe)
     assert 'rgb was trained on other clips' in evaluate_files(values).remarks.iloc[0]
     assert re.search(r'note: rgb was trained on other clips .*clip_length=8.*than the recipe has .*clip_length=6', capsys.readouterr().out)
 
 
-@pytest.mark.parametrize('precision, port, message', [('no', True, 'port {port} is in use: set MASTER_PORT'), ('fp16', False, 'fp16 needs a GPU, and there is none')], ids=['port in use', 'fp16 on a CPU'])
+def test_videos_that_the_store_lacks_are_counted(words, shapes, tmp_path, capsys):
+    flags, test = dict(words[1]), pd.read_csv(shapes['test'])
+    flags['--queries'] = str(tmp_path/'test.csv')
+    pd.concat([test, test.head(1).assign(video='gone.mp4')]).to_csv(flags['--queries'], index=False)
+    arguments = [words[0][0], *(word for pair in flags.items() for word in pair)]
+    with pytest.raises(SystemExit): evaluate_command(arguments)
+    assert re.search(r'1 of 17 videos of the manifest are not in the store .*, such as gone.mp4: prepare them first', capsys.readouterr().err)
+
+
+def test_labels_of_another_numbering_are_noted(words, shapes, tmp_path, capsys):
+    flags = dict(words[1])
+    for flag, name, shift in (('--gallery', 'train', 0), ('--queries', 'test', 1)):
+        flags[flag] = str(tmp_path/f'{name}.csv')
+        table = pd.read_csv(shapes[name])
+        table.assign(label=(table.label + shift) % 8).drop(columns='class_name').to_csv(flags[flag], index=False)
+    flags['--output'] = str(tmp_path/'table.csv')
+    evaluate_command([words[0][0], *(word for pair in flags.items() for word in pair)])
+    remark = r'16 of 16 videos have another label than in the manifest of the store: slide_x/test_00000.mp4 has 1 \(1\), and not 0 \(slide_x\)'
+    assert re.search(f'note: {remark}', capsys.readouterr().out) and re.search(remark, pd.read_csv(tmp_path/'table.csv').remarks[0])
+
+
+def test_recordings_on_both_sides_are_noted_once(words, shapes, tmp_path, capsys, recwarn):
+    flags = dict(words[1])
+    for flag, name in (('--gallery', 'train'), ('--queries', 'test')):
+        flags[flag] = str(tmp_path/f'{name}.csv')
+        pd.read_csv(shapes[name]).assign(group='g1').to_csv(flags[flag], index=False)
+    evaluate_command([words[0][0], *(word for pair in flags.items() for word in pair)])
+    assert capsys.readouterr().out.count('1 groups have videos in both manifests, such as g1') == 1
+    assert not [warning for warning in recwarn if 'groups' in str(warning.message)]
+
+
+def test_a_released_file_is_audited(words, shapes, tmp_path, capsys):
+    torch.manual_seed(0)
+    file = export_released(Stream('r21d', 4, 8, trained_on=dict(modality='flow')), tmp_path/'flow.pth.tar')
+    flags = words[1] | {'--released': str(file), '--modality': 'flow', '--output': str(tmp_path/'audit.csv')}
+    for flag, name in (('--gallery', 'train'), ('--queries', 'test')):
+        flags[flag] = str(tmp_path/f'{name}.csv')
+        pd.read_csv(shapes[name]).head(4).to_csv(flags[flag], index=False)
+    arguments = [word for pair in flags.items() for word in pair]
+    evaluate_command(arguments)
+    printed, table = capsys.readouterr().out, pd.read_csv(tmp_path/'audit.csv', index_col=[0, 1])
+    assert 'r21d, ViCC, single-stream, K = 4; RGB or flow: a file does not say' in printed
+    assert set(table.index.get_level_values(0)) == {'flow'} and {'as here', 'test jitter', 'both: the released protocol',
+        'not centred', 'channels not translated', 'published: ViCC-Flow-2'} <= set(table.loc['flow'].index)
+    with pytest.raises(SystemExit): evaluate_command(['rgb=x', *arguments])
+    assert 'or --released FILE' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('precision, port, message', [('no', True, 'port {port} is in use: set MASTER_PORT'), ('fp16', False, 'this cpu cannot compute in fp16')], ids=['port in use', 'fp16 on a CPU'])
 def test_training_that_cannot_start_ends_in_one_line(tmp_path, precision, port, message):
     environment = dict(os.environ, ACCELERATE_USE_CPU='true')
     with socket.create_server(('', 0)) as server:

@@ -1,7 +1,9 @@
 "Features, retrieval and the quick probe where a notebook has no room: exact neighbours, films, precision, cache, refusals."
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -9,17 +11,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vicc import audit
+from vicc.audit import audit_retrieval, PUBLISHED_RECALL
 from vicc.augment import ViewSettings, apply_view, center_crop
 from vicc.data import TestClips
 from vicc.engine.cache import split_clips
 from vicc.evaluation import (
-    PRECISIONS, cached_features, evaluate_stream, extract_features, nearest_neighbours, quick_probe,
-    retrieval_recall, video_features,
+    cached_features, chance_recall, cosine_similarity, evaluate_stream, extract_features, nearest_neighbours,
+    quick_probe, recall_at_k, retrieval_recall, video_features,
 )
-from vicc.fast.layers import inference_copy
-from vicc.prepare import prepare
+from vicc.engine.io import find_project
+from vicc.fast.views import IDENTITY_FACTORS
+from vicc.manifests import OverlapWarning
+from vicc.prepare import STREAMS, prepare
+from vicc.protocols import iter_test_views, one_random_clip, overlap_remarks, released_jitter
 from vicc.recipe import Recipe
-from vicc.streams import Stream, TrainedOn
+from vicc.streams import Stream, TrainedOn, export_released
 from vicc.synthetic import make_moving_shapes
 from vicc.video import read_frames, write_video
 
@@ -77,10 +84,31 @@ def test_neighbours_are_those_of_a_slow_loop():
 @pytest.mark.parametrize('labels', [[0], [0, -1], [0, 1, 2]], ids=['too few', 'negative', 'too many'])
 def test_labels_must_fit(labels):
     features = torch.randn(2, 3)
-    with pytest.raises(ValueError, match=f'{len(labels)} and 2 labels for .2, 2. cosines: give each video a label'):
+    with pytest.raises(ValueError, match='1 videos have no label: leave them out' if -1 in labels else f'{len(labels)} and 2 labels for .2, 2. cosines'):
         retrieval_recall(features, torch.tensor(labels), features, torch.tensor([0, 1]))
-    with pytest.raises((AssertionError, RuntimeError, ValueError), match='Size mismatch|some videos have no label'):
+    with pytest.raises((AssertionError, RuntimeError, ValueError), match='Size mismatch|1 videos have no label'):
         quick_probe(features, torch.tensor(labels), features, torch.tensor([0, 1]))
+
+
+def test_features_that_are_no_numbers_and_labels_that_are_none():
+    features, labels = torch.randn(6, 3), torch.arange(6) % 2
+    broken = features.clone()
+    broken[0, 0], broken[1, 1] = torch.nan, torch.inf
+    for call in (lambda: nearest_neighbours(broken, features), lambda: retrieval_recall(features, labels, broken, labels),
+                 lambda: quick_probe(features, labels, broken, labels)):
+        with pytest.raises(ValueError, match='2 videos have NaN or infinite features: leave them out'): call()
+    with pytest.raises(ValueError, match='3 videos have no label'): chance_recall([0, -1, -1], [0, 1, -1])
+    with pytest.raises(ValueError, match='k of at least 1'): recall_at_k(features@features.T, labels, labels, (0, 1))
+
+
+def test_one_query_and_one_gallery_video_have_neighbours():
+    g = torch.Generator().manual_seed(0)
+    gallery = torch.randn(20, 4, generator=g) + 5
+    for row in (3, 17):
+        index, cosines = nearest_neighbours(gallery[[row]], gallery, 2)  # is its own nearest neighbour
+        assert index[0, 0] == row and cosines[0, 0].item() == pytest.approx(1, abs=1e-6) and cosines[0, 1] < .999
+        assert cosine_similarity(gallery, gallery[[row]])[:, 0].argmax() == row
+    assert cosine_similarity(gallery[:1], 2*gallery[:1]).item() == pytest.approx(1, abs=1e-6)
 
 
 def test_quick_probe_repeats_itself():
@@ -88,6 +116,22 @@ def test_quick_probe_repeats_itself():
     sets = blobs[:40], labels[:40], blobs[40:], labels[40:]
     (one, probabilities), (two, _) = quick_probe(*sets), quick_probe(*sets)
     assert one == two and torch.allclose(probabilities.sum(1), torch.ones(20), atol=1e-5)
+
+
+def test_quick_probe_chooses_on_held_out_recordings():
+    "Each recording has a mark of its own, which tells its class and nothing else: useless for new recordings."
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(120) % 3
+    groups = [f'{label}-{number//3 % 8}' for number, label in enumerate(labels.tolist())]
+    marks = F.one_hot(torch.tensor([sorted(set(groups)).index(group) for group in groups]), 24)*3.
+    features = torch.cat([F.one_hot(labels, 3) + torch.randn(120, 3, generator=g), marks], 1)
+    sets = features, labels, features[:12], labels[:12]
+    rates = [(1e-7, 0.), (.1, 1e-3)]
+    chosen = quick_probe(*sets, grid=rates, groups=groups)
+    assert torch.equal(chosen[1], quick_probe(*sets, grid=rates[1:])[1])
+    wrong = quick_probe(*sets[:2], features[:12], (labels[:12] + 1) % 3, grid=rates, groups=groups)
+    assert torch.equal(wrong[1], chosen[1])  # test labels choose nothing
+    with pytest.raises(ValueError, match='single group'): quick_probe(*sets, grid=rates, groups=['one']*120)
 
 
 def test_feature_of_a_film_is_that_of_its_clips(tmp_path):
@@ -113,7 +157,7 @@ def test_feature_of_a_film_takes_the_clips_that_the_stream_was_trained_on(tmp_pa
     assert torch.equal(video_features(recorded, tmp_path/'film.mp4'), given)
     assert torch.equal(video_features(recorded, tmp_path/'film.mp4', 8, 1, 32), video_features(plain, tmp_path/'film.mp4', 8, 1, 32))
     assert not torch.equal(video_features(plain, tmp_path/'film.mp4'), given)
-    with pytest.raises(ValueError, match='trained on flow, and .*film.mp4 has RGB frames only: .*vicc prepare'):
+    with pytest.raises(ValueError, match='trained on flow, not on rgb: give it flow clips, which vicc prepare makes'):
         video_features(flow, tmp_path/'film.mp4')
 
 
@@ -124,13 +168,6 @@ def test_workers_and_decoded_frames_give_the_same_features(store, rows):
         assert torch.allclose(one, extract_features(mean_colour, decoded, 32, crop, 5, workers=1), atol=1e-5)
     with pytest.raises(ValueError, match='crop of 224 does not fit into frames of'):
         extract_features(mean_colour, kept, 32)
-
-
-def test_precision_moves_features_little(store, rows):
-    frozen, clips = inference_copy(small_stream()), TestClips(store, rows['test'].head(8), **OPTIONS)
-    features = {name: extract_features(frozen.features, clips, 32, None, precision=name) for name in PRECISIONS}
-    moved = {name: (values - features['no']).abs().max().item() for name, values in features.items()}
-    assert 0 < moved['fp16'] < 1e-3 and 3*moved['fp16'] < moved['bf16']  # bf16 has three bits less
 
 
 def test_a_killed_evaluation_goes_on_and_nothing_stale_is_used(store, rows, tmp_path):
@@ -156,7 +193,7 @@ def test_a_killed_evaluation_goes_on_and_nothing_stale_is_used(store, rows, tmp_
     assert clips_seen() == 0
     next(tmp_path.glob('*/*.safetensors')).write_bytes(b'damaged')
     assert 0 < clips_seen() < len(clips)
-    for change in (dict(size=24), dict(crop=48), dict(what='embed'), dict(precision='bf16')):
+    for change in (dict(size=24), dict(crop=48), dict(what='embed'), dict(jitter_seed=0)):
         assert clips_seen(**change) == len(clips)
     with torch.no_grad(): next(stream.backbone.parameters())[0] += 1e-3
     assert clips_seen() == len(clips)
@@ -176,6 +213,25 @@ def test_clips_of_the_other_stream_are_refused(store, rows):
         evaluate_stream(stream, 'rgb', clips, clips, 32, None)
 
 
+def test_copies_and_recordings_on_both_sides_are_named(shapes, recipe, tmp_path):
+    "The same bytes under another name, and a group on both sides; nothing where all is well."
+    train, test = (pd.read_csv(shapes[name]).head(6) for name in ('train', 'test'))
+    shutil.copytree(shapes['videos'], tmp_path/'videos')
+    shutil.copy(tmp_path/'videos'/train.video[3], tmp_path/'videos'/'copy.mp4')
+    copied = test.assign(video=[*test.video[:5], 'copy.mp4'])
+    rows = pd.concat([train, test, copied[5:]])
+    store = prepare(rows, tmp_path/'videos', tmp_path/'store', recipe.prepare_settings(), workers=0, log=str)
+    right = {f'1 test videos have the same pixels as a training video: copy.mp4 = {train.video[3]}': copied,
+             '1 groups have videos in both manifests, such as train_00005: siblings make a test look better than it is':
+             test.assign(group=[*test.group[:5], train.group[5]])}
+    for name in STREAMS:
+        gallery, plain, *wrong = (recipe.test_clips(store, store.select(part), name) for part in (train, test, *right.values()))
+        assert overlap_remarks(gallery, plain) == []
+        for remark, queries in zip(right, wrong):
+            with pytest.warns(OverlapWarning) as caught: evaluate_stream(small_stream(), name, gallery, queries, 32, None, probe_epochs=1)
+            assert [str(warning.message) for warning in caught if warning.category is OverlapWarning] == [remark]
+
+
 def test_videos_smaller_than_the_crop_are_set_aside(store, rows, recipe):
     table, small = rows['test'].copy(), recipe.replace(test_crop=48)
     table.loc[[1, 4], 'width'] = 47
@@ -187,6 +243,111 @@ def test_videos_smaller_than_the_crop_are_set_aside(store, rows, recipe):
     assert not recipe.replace(test_crop=0).test_clips(store, table, 'rgb').too_small
     with pytest.raises(ValueError, match='all 16 videos have .* or a side below 65 pixels .test_crop.: there is nothing'):
         recipe.replace(test_crop=65).test_clips(store, table, 'rgb')
+
+
+def test_a_gallery_of_one_random_clip_a_video(store, rows):
+    gallery, queries = (TestClips(store, rows[name], **OPTIONS) for name in ('train', 'test'))
+    given = small_stream(), 'rgb', gallery, queries, 32, None
+    _, plain = evaluate_stream(*given, probe_epochs=1)
+    results = [evaluate_stream(*given, probe_epochs=1, released=['one_clip_gallery'], seed=seed) for seed in (0, 0, 1)]
+    features = [result[1] for result in results]
+    assert results[0][0] == results[1][0] and torch.equal(features[0]['gallery'], features[1]['gallery'])
+    assert not torch.equal(features[0]['gallery'], features[2]['gallery'])
+    assert all(torch.equal(each['queries'], plain['queries']) for each in features)
+    assert len(features[0]['gallery']) == len(plain['gallery']) and len(gallery.clips) > len(gallery.rows)
+    drawn, square = one_random_clip(gallery), center_crop(torch.tensor([[64, 64]]), None)
+    views = [apply_view(torch.from_numpy(drawn[video]['rgb'])[None], square, ViewSettings(size=32)) for video in (0, 7)]
+    with torch.no_grad(): by_hand = F.normalize(given[0].features(torch.cat(views)), dim=1)
+    torch.testing.assert_close(features[0]['gallery'][[0, 7]], by_hand, atol=1e-5, rtol=0)
+
+
+def test_one_clip_of_short_and_long_videos(store, rows):
+    short, count = TestClips(store, rows['test'].assign(num_frames=[5, 11] + 14*[16]), **OPTIONS | dict(min_frames=1)), 400
+    starts = {video: set() for video in (0, 1, 2)}
+    for seed in range(count):
+        for video, indices in one_random_clip(short, seed).clips[:3]: starts[video].add(tuple(indices))
+    assert starts[0] == {(0, 0, 0, 0, 1, 2, 3, 4)}  # padded at the front: nothing to choose
+    assert {first[0] for first in starts[1]} == set(range(4)) and {first[0] for first in starts[2]} == set(range(9))
+
+
+def test_released_jitter_is_drawn_once_a_video_for_three_in_ten(store, rows):
+    "All clips of a video get one jitter, in RGB and in flow; without a seed nothing changes."
+    for name in ('rgb', 'flow'):
+        clips = TestClips(store, rows['train'], name, **OPTIONS)
+        plain, moved = (torch.stack([view for view, _ in iter_test_views(clips, 16, jitter_seed=seed, crop=None)]) for seed in (None, 1))
+        videos = torch.tensor([video for video, _ in clips.clips])
+        changed = (plain != moved).flatten(1).any(1)
+        assert all(len(changed[videos == video].unique()) == 1 for video in videos.unique())
+    assert len(clips.rows) == 32 and 3 <= sum(changed[videos == video][0] for video in videos.unique()) <= 17  # p 0.3
+    shares = [(released_jitter(0, video)['factors'] != released_jitter(0, video)['factors'].new_tensor(IDENTITY_FACTORS)).any() for video in range(3000)]
+    assert abs(np.mean(shares) - .3) < 4*(.3*.7/3000)**.5
+
+
+def test_a_stream_is_fed_the_order_of_channels_that_it_records(store, rows):
+    clips = TestClips(store, rows['test'].head(4), 'flow', **OPTIONS)
+    def last_channel(views): return torch.cat([views[:, :1].mean((2, 3, 4)), torch.ones(len(views), 1)], 1)
+    uv, vu = (extract_features(last_channel, clips, 32, None, flow_channels=order) for order in ('uv', 'vu'))
+    constant = (128/255 - .485)/.229
+    torch.testing.assert_close(vu[:, 0]/vu[:, 1], torch.full((4,), constant), atol=1e-4, rtol=0)
+    assert ((uv[:, 0]/uv[:, 1] - constant).abs() > 1e-3).any()
+    stream = small_stream()
+    plain = cached_features(stream, clips, size=32, crop=None)
+    stream.trained_on = TrainedOn(modality='flow', flow_channels='vu')
+    assert not torch.allclose(cached_features(stream, clips, size=32, crop=None), plain, atol=1e-3)
+    given = cached_features(stream, clips, size=32, crop=None, flow_channels='uv')
+    assert torch.equal(given, plain)
+
+
+@pytest.mark.parametrize('labels, message', [
+    ([3], 'all test videos are of one class.*1 of 1 classes have fewer than 5'), ([1]*6, 'all test videos are of one class'),
+    ([0, 1], '2 of 2 classes have fewer than 5'), ([7]*5 + [1]*5, '5 of 10 test videos are of a class that no training video has'),
+    ([0]*5 + [1]*5, 'there are only 6 training videos: R@10, R@20, R@50')])
+def test_retrieval_says_when_it_means_little(labels, message):
+    generator = torch.Generator().manual_seed(0)
+    gallery, queries = torch.randn(6, 4, generator=generator), torch.randn(len(labels), 4, generator=generator)
+    ks = (1, 5, 10, 20, 50) if 'only' in message else (1,)
+    with pytest.warns(UserWarning, match='R@k means little here: ' + message) as caught:
+        retrieval_recall(queries, torch.tensor(labels), gallery, torch.tensor([0, 0, 0, 1, 1, 1]) + 3*(labels == [3]), ks)
+    assert len(caught) == 1
+
+
+def test_a_healthy_retrieval_says_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        retrieval_recall(torch.randn(10, 3), torch.arange(10)//5, torch.randn(20, 3), torch.arange(20)//10, (1, 5))
+
+
+def test_published_numbers_are_those_of_the_results():
+    table = pd.read_csv(find_project()/'nbs'/'results'/'published.csv').query("data == 'UCF101' and backbone == 's3d'")
+    for name, share in PUBLISHED_RECALL.items():
+        [percent] = table[table.encoder.str.startswith(name) & (table.measure == 'R@1')].percent
+        assert percent == pytest.approx(100*share), name
+
+
+@pytest.mark.parametrize('modality', STREAMS)
+def test_an_audit_moves_what_it_should(store, rows, tmp_path, modality, monkeypatch):
+    "A file of random weights: the row as here is that of the stream; each change is one change."
+    torch.manual_seed(0)
+    stream = Stream('r21d', 4, 8, trained_on=dict(modality=modality)).eval()
+    path = export_released(stream, tmp_path/'file.pth.tar')
+    gallery, queries = (TestClips(store, rows[name].head(4), modality, **OPTIONS) for name in ('train', 'test'))
+    asked = []
+    def evaluate(stream, name, gallery, queries, **options):
+        options = dict(options)
+        asked.append((len(gallery), options.get('released', []), options['crop'], stream.trained_on.flow_channels))
+        return evaluate_stream(stream, name, gallery, queries, **options)
+    monkeypatch.setattr(audit, 'evaluate_stream', evaluate)
+    table = audit_retrieval(path, modality, gallery, queries, (1, 5), size=32, crop=None, probe_epochs=1)
+    numbers, features = evaluate_stream(stream, modality, gallery, queries, 32, None, (1, 5), 1)
+    assert dict(table.loc['as here', ['R@1', 'R@5']]) == pytest.approx({name: numbers[name] for name in ('R@1', 'R@5')})
+    both = ['one_clip_gallery', 'test_jitter']
+    changes = [([], None, 'uv'), ([], 56, 'uv'), (both[:1], None, 'vu'), (both[1:], None, 'vu'), (both, None, 'vu')]
+    assert [change[1:] for change in asked] == changes + [([], None, 'uv')]*(modality == 'flow')
+    known = features['queries'], features['gallery']
+    labels = torch.tensor(queries.rows.label.to_numpy()), torch.tensor(gallery.rows.label.to_numpy())
+    for title, centred in (('not centred', False), ('centred by one mean', 'joint')):
+        assert table.loc[title, 'R@1'] == pytest.approx(recall_at_k(cosine_similarity(*known, centred), *labels, (1,))[1])
+    assert table.loc['published: ViCC-RGB-2', 'R@1'] == .621 and table['R@5'].isna().sum() == 4
 
 
 def test_torchvision_is_not_needed():

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from vicc.losses import swapped_prediction_loss, view_assignments
-from vicc.prototypes import ProjectionQueue, Prototypes, normalize_rows
+from vicc.prototypes import ProjectionQueue, Prototypes, normalize_rows, sinkhorn
 
 def test_no_waiting():
     "Fake tensors have no values, so reading one (as .item() would) raises. A whole step must get through."
@@ -32,6 +32,11 @@ def test_queue_of_another_number_of_processes():
     "The length per process differs when the number of processes does: loading says so, and does not cut."
     with pytest.raises(RuntimeError, match='size mismatch for projections'):
         ProjectionQueue(2, 480, 8).load_state_dict(ProjectionQueue(2, 240, 8).state_dict())
+
+@pytest.mark.parametrize('epsilon', [0, -.05])
+def test_no_weight_of_the_entropy(epsilon):
+    with pytest.raises(ValueError, match=f'epsilon={epsilon}: give a number above 0'): sinkhorn(torch.zeros(2, 2), epsilon)
+    with pytest.raises(ValueError, match='a temperature above 0; got 2 and 2 views'): swapped_prediction_loss([torch.zeros(2, 2)]*2, [torch.ones(2, 2)/2]*2, epsilon)
 
 def test_queue_takes_half_precision_and_empty_batches():
     queue = ProjectionQueue(1, 2, 3)

@@ -59,6 +59,11 @@ def test_unknown_and_missing_recipe_keys(tmp_path):
     (tmp_path/'less.yaml').write_text(demo.replace('temperature: 0.1', ''))
     with pytest.raises(ValueError, match='less.yaml: temperature must be given: a recipe holds every value'): Recipe.read(tmp_path/'less.yaml')
 
+def test_all_wrong_values_are_listed_and_those_of_the_command_line_are_called_so(demo):
+    wrong = 'temperature=warm', 'momentum=x', 'seed=-1', 'view_size=0', 'temprature=1'
+    with pytest.raises(ValueError, match=r'demo.yaml with --set temperature=warm .*: seed is .*view_size is .*temperature is .*momentum is .*unknown key'): Recipe.read(demo, *wrong)
+    assert Recipe.read(demo, 'mixed_precision=no').mixed_precision == 'no' == Recipe.read(demo, mixed_precision=False).mixed_precision
+
 def test_a_preparation_that_was_killed_goes_on(shapes, tmp_path):
     "What a kill leaves is made by hand here; real ones are in test_prepare.test_a_kill."
     settings, quiet = PrepareSettings(short_side=64, flow_method='farneback', flow_bound=5), dict(workers=0, log=lambda line: None)
@@ -76,11 +81,12 @@ def test_a_preparation_that_was_killed_goes_on(shapes, tmp_path):
         for stream in ('rgb', 'flow'): assert len(store.read(row.video, stream)) == row.num_frames == 16
 
 @pytest.mark.parametrize('change, message', [
-    (dict(short_side=48), 'short_side is 64, not 48'), (dict(flow_bound=20.0), 'flow_bound is 5, not 20.0'), (dict(flow_method='dis'), 'flow_method is farneback, not dis')],
+    (dict(short_side=48), 'short_side is 64, not 48'), (dict(flow_bound=20.0), 'flow_bound is 5, not 20.0'), (dict(flow_method='dis'), 'flow_method is farneback, not dis'),
+    (dict(store_fps=12.5), 'fps is 0.0, not 12.5')],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else '')
 def test_store_of_another_recipe(store, demo, tmp_path, change, message):
     recipe = Recipe.read(demo, **change)
-    with pytest.raises(ValueError, match=rf'made with other settings \({message}\): prepare a store with this recipe'):
+    with pytest.raises(ValueError, match=rf'made with other settings \({message}\): prepare a store with this recipe: vicc prepare … --short-side {recipe.short_side} --flow-method {recipe.flow_method}'):
         alternate(recipe, store, tmp_path/'run')
     assert not (tmp_path/'run').exists()
     Recipe.read(demo).check_store(store)  # and the right one passes
@@ -100,8 +106,8 @@ def test_store_grown_with_other_class_names(shapes, store):
     assert len(Store(store.path).manifest) == 2
 
 def test_store_of_other_videos(shapes, store):
-    with pytest.raises(ValueError, match='none of the 8 videos of the manifest is in the store'): store.select(read_manifest(shapes['test']))
-    assert len(store.select(read_manifest(shapes['train']))) == 2
+    with pytest.raises(ValueError, match='8 of 8 videos of the manifest are not in the store'): store.select(read_manifest(shapes['test']))
+    with pytest.warns(UserWarning, match='6 of 8 videos'): assert len(store.select(read_manifest(shapes['train']), max_failed=1)) == 2
 
 def test_clips_that_do_not_fit_the_store(store):
     with pytest.raises(ValueError, match='all 2 videos have fewer than 18 frames'): TestClips(store)  # the paper's values on videos of 16 frames

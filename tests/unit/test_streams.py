@@ -8,6 +8,7 @@ import json
 import pickle
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,12 @@ from vicc.data import TestClips
 from vicc.evaluation import evaluate_stream
 from vicc.prepare import PrepareSettings, prepare
 from vicc.streams import (
-    Stream, TrainedOn, export_released, load_for, load_released, load_stream, read_released, save_stream,
+    Stream, TrainedOn, describe_released, export_released, load_released, load_stream, read_released, save_stream,
 )
 from vicc.synthetic import make_moving_shapes
 
+pytestmark = pytest.mark.filterwarnings('ignore:.*does not say whether it saw RGB or flow')
+load_rgb = partial(load_released, modality='rgb')
 KEYS = json.loads((GOLDEN/'official_state_dict_keys.json').read_text())
 FEATURES = {'s3d': 1024, 's3dg': 1024, 'r21d': 512}
 
@@ -101,7 +104,7 @@ def holds(stream: Stream, weights: dict[str, torch.Tensor], first: str = 'encode
 
 def test_every_key_has_its_place_and_features_are_the_recorded_ones(single, write):
     name, weights = single
-    stream = load_released(write(weights))
+    stream = load_rgb(write(weights))
     assert not stream.training and type(stream.backbone) is type(create_backbone(name))
     assert tuple(stream.prototypes.weight.shape) == (6, 8)
     assert torch.equal(stream.prototypes.weight, weights['prototypes.weight'])
@@ -131,8 +134,8 @@ def test_the_listed_checkpoints_come_back_key_by_key(kind, tmp_path):
         for place, paper in PAPER_NAMES.items():
             if f'.0.{paper}.' in name: weights[name] = weights[name.replace(f'.0.{paper}.', f'.0.{place}.')]
     torch.save({'epoch': 1, 'state_dict': weights}, tmp_path/'file.pth.tar')
-    stream = load_released(tmp_path/'file.pth.tar')
-    teacher = load_released(tmp_path/'file.pth.tar', 'frozen',
+    stream = load_rgb(tmp_path/'file.pth.tar')
+    teacher = load_rgb(tmp_path/'file.pth.tar', 'frozen',
                             num_prototypes=300) if kind == 'cross' else None
     again = torch.load(export_released(stream, tmp_path/'again.pth.tar', teacher), weights_only=True)
     assert set(again) == {'epoch', 'state_dict'}
@@ -149,10 +152,10 @@ def test_both_streams_of_a_cross_stream_file(name, tmp_path):
     first, second = (Stream(name, num_prototypes=k, projection_dim=8).eval() for k in (5, 7))
     path = export_released(first, tmp_path/'cross.pth.tar', teacher=second)
     weights = torch.load(path, weights_only=True)['state_dict']
-    holds(load_released(path, stream='frozen', num_prototypes=7), weights, 'second')
+    holds(load_rgb(path, stream='frozen', num_prototypes=7), weights, 'second')
     clips = torch.randn(1, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for ours, theirs in zip(load_released(path)(clips), first(clips)): assert torch.equal(ours, theirs)
+        for ours, theirs in zip(load_rgb(path)(clips), first(clips)): assert torch.equal(ours, theirs)
 
 
 def test_prefixes_of_parallel_training_and_old_formats(r21d, tmp_path):
@@ -163,7 +166,7 @@ def test_prefixes_of_parallel_training_and_old_formats(r21d, tmp_path):
                                      tensor in r21d.items()}}, 'old': {'state_dict': r21d}}
     for case, content in cases.items():
         torch.save(content, tmp_path/case, _use_new_zipfile_serialization=case != 'old')
-        stream = load_released(tmp_path/case)
+        stream = load_rgb(tmp_path/case)
         assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in stream.state_dict().values())
         if case != 'half': holds(stream, r21d)
 
@@ -181,18 +184,18 @@ def test_contrastive_files_without_prototypes(r21d, write, frozen):
     message = r'left out encoder_k, queue, .*queue_label \(153 tensors\).*300 random ones'
     with pytest.warns(UserWarning, match=message) as caught:
         torch.manual_seed(0)
-        stream = load_released(path)
+        stream = load_rgb(path)
     assert len(caught) == 1 and str(path) in str(caught[0].message)
     holds(stream, encoder_q)
     assert tuple(stream.prototypes.weight.shape) == (300, 8)
     torch.testing.assert_close(stream.prototypes.weight.norm(dim=1), torch.ones(300))
     with pytest.warns(UserWarning, match='left out') as caught:
         torch.manual_seed(0)
-        again = load_released(path, num_prototypes=300)
+        again = load_rgb(path, num_prototypes=300)
     assert 'random' not in str(caught[0].message)
     assert torch.equal(again.prototypes.weight, stream.prototypes.weight)
     with pytest.warns(UserWarning, match='left out .*no prototypes for the frozen stream: 300 random ones'):
-        holds(load_released(path, 'frozen'), other, frozen)
+        holds(load_rgb(path, 'frozen'), other, frozen)
 
 
 def test_a_full_file_gives_no_warning_and_leaves_the_random_state_alone(r21d, write):
@@ -200,17 +203,144 @@ def test_a_full_file_gives_no_warning_and_leaves_the_random_state_alone(r21d, wr
     before = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        load_released(path)
+        load_rgb(path)
     assert torch.equal(torch.get_rng_state(), before)
 
 
+IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None, None]
+
+def flow_clips(order: list[int]) -> torch.Tensor:
+    "Three random flow clips [3, 3, 8, 32, 32] as a network gets them: channels of (u, v, 128) in an order."
+    pixels = torch.randint(256, (3, 3, 8, 32, 32), generator=torch.Generator().manual_seed(0))
+    pixels[:, 2] = 128
+    return (pixels[:, order]/255 - IMAGENET[0])/IMAGENET[1]
+
+
+@pytest.mark.parametrize('name', ['s3d', 's3dg', 'r21d'])
+def test_flow_goes_to_the_released_code_and_back(name, tmp_path):
+    """A minimal reader of released files, as METHOD of the released code has it: features of (128, v, u).
+
+    Borders count: a third of the places of a 7×7 kernel on 32×32 pixels see padding."""
+    torch.manual_seed(0)
+    stream = Stream(name, 5, 8, trained_on=dict(modality='flow')).eval()
+    path = export_released(stream, tmp_path/'flow.pth.tar')
+    theirs = create_backbone(name).eval()
+    theirs.load_state_dict({key.removeprefix('encoder_q.0.'): tensor for key, tensor in
+                            torch.load(path, weights_only=True)['state_dict'].items() if key.startswith('encoder_q.0.')})
+    uv, vu = flow_clips([0, 1, 2]), flow_clips([2, 1, 0])
+    with torch.no_grad():
+        ours, released, back = stream.features(uv), theirs(vu), load_released(path, modality='flow').features(uv)
+        mixed = theirs(uv)
+    for features in (released, back): assert (features - ours).norm() < 1e-5*ours.norm()
+    assert (mixed - ours).norm() > .05*ours.norm(), 'the order does not matter: this test says nothing'
+    loaded = load_released(path, modality='flow')
+    assert loaded.trained_on == TrainedOn(modality='flow')
+    assert load_stream(save_stream(loaded, tmp_path/'saved')).trained_on.modality == 'flow'
+    again = torch.load(export_released(loaded, tmp_path/'again.pth.tar'), weights_only=True)['state_dict']
+    for key, tensor in torch.load(path, weights_only=True)['state_dict'].items():
+        torch.testing.assert_close(again[key], tensor, atol=2e-6, rtol=1e-5)
+
+
+def test_what_is_trained_on_the_released_order_is_written_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    stream, teacher = Stream('r21d', 4, 8, trained_on=dict(modality='flow', flow_channels='vu')), Stream('r21d', 4, 8, trained_on=dict(modality='rgb'))
+    state = torch.load(export_released(stream, tmp_path/'vu.pth.tar', teacher), weights_only=True)['state_dict']
+    first = '0.conv1.spatial_conv.weight'
+    assert torch.equal(state[f'encoder_q.{first}'], stream.backbone.conv1.spatial_conv.weight)
+    assert torch.equal(state[f'second.{first}'], teacher.backbone.conv1.spatial_conv.weight)
+    before = stream.backbone.conv1.spatial_conv.weight.clone()
+    stream.trained_on = TrainedOn(modality='flow')
+    state = torch.load(export_released(stream, tmp_path/'uv.pth.tar'), weights_only=True)['state_dict']
+    assert torch.equal(stream.backbone.conv1.spatial_conv.weight, before)  # the stream itself does not change
+    assert not torch.equal(state[f'encoder_q.{first}'], before)
+
+
+def test_the_unknown_modality_is_said(r21d, write, tmp_path):
+    with pytest.warns(UserWarning, match="file.pth.tar: a file does not say what it saw: give modality='rgb' or 'flow'"):
+        stream = load_released(write(r21d))
+    assert stream.trained_on.modality is None
+    holds(stream, r21d)
+    with pytest.warns(UserWarning, match='does not say whether it saw RGB or flow'): export_released(stream, tmp_path/'x')
+    assert load_stream(write(r21d), 'flow').trained_on == TrainedOn(modality='flow')
+    with pytest.raises(ValueError, match='does not fit .*Input should be .rgb. or .flow.'): load_released(write(r21d), modality='depth')
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda name: f'module.{name}', lambda name: f'_orig_mod.{name}', lambda name: f'module._orig_mod.{name}', lambda name: f'model.{name}',
+    lambda name: f'model.module.{name}', lambda name: f'encoder.{name}', lambda name: name.replace('encoder_q.', 'encoder_q._orig_mod.'),
+    lambda name: name.replace('encoder_q.', 'encoder_q.module.'), lambda name: name.replace('encoder_q.', 'encoder.'),
+], ids=['module', '_orig_mod', 'module._orig_mod', 'model', 'model.module', 'encoder', '_orig_mod inside', 'module inside', 'encoder for encoder_q'])
+def test_names_that_training_tools_put_before(r21d, write, tmp_path, wrap):
+    state = {wrap(name): tensor for name, tensor in r21d.items()}
+    lightning = {'pytorch-lightning_version': '2.5', 'global_step': 3, 'callbacks': {}, 'optimizer_states': [{'lr': .1}]}
+    holds(load_rgb(write(state, **lightning)), r21d)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path/'file.safetensors')
+    holds(load_rgb(tmp_path/'file.safetensors'), r21d)
+
+
+@pytest.mark.parametrize('classifier', [['final_bn.weight', 'final_fc.1.weight'], ['classifier.weight', 'classifier.bias']])
+def test_fine_tuned_files_give_their_backbone(r21d, write, classifier):
+    state = {name.replace('encoder_q.0.', 'backbone.'): tensor for name, tensor in r21d.items() if name.startswith('encoder_q.0.')}
+    path = write({**state, **{name: torch.zeros(3) for name in classifier}})
+    with pytest.warns(UserWarning, match=r'left out .*\(. tensors\).*no projection head: a random one took its place.*300 random ones'):
+        stream = load_rgb(path)
+    assert all(torch.equal(stream.backbone.state_dict()[name.removeprefix('encoder_q.0.')], tensor)
+               for name, tensor in r21d.items() if name.startswith('encoder_q.0.'))
+    assert tuple(stream.head[2].weight.shape) == (128, 512) and stream.head[0].weight.std() > 0
+
+
+def test_options_of_a_command_line_are_plain_values(r21d, write):
+    args = argparse.Namespace(lr=0.6, gpu=None, nested=argparse.Namespace(names=['a']))
+    path = write(r21d, args=args)
+    holds(load_rgb(path), r21d)
+    assert read_released(path)['args'] == args
+
+
+def test_safetensors_that_are_none(tmp_path, r21d):
+    path = tmp_path/'file.safetensors'
+    path.write_bytes(b'nonsense, but long enough')
+    with pytest.raises(ValueError, match='file.safetensors is damaged or no PyTorch checkpoint'): load_rgb(path)
+    save_stream(Stream('r21d', 4, 8), tmp_path/'own')
+    with pytest.raises(ValueError, match="begin with encoder_q.*there are .*'head.0.bias'"): load_rgb(tmp_path/'own'/'model.safetensors')
+
+
+def test_what_a_file_is(tmp_path, r21d, write):
+    own, other = (Stream('r21d', k, 8, trained_on=dict(modality='rgb')) for k in (5, 7))
+    cross = describe_released(export_released(own, tmp_path/'cross.pth.tar', other))
+    assert cross == 'r21d, ViCC, cross-stream, K = 5 (it has second.*); RGB or flow: a file does not say'
+    without = {name: tensor for name, tensor in r21d.items() if name != 'prototypes.weight'}
+    sampler = {name.replace('encoder_q', 'sampler'): tensor for name, tensor in without.items()}
+    assert describe_released(write(without)).startswith('r21d, without prototypes: InfoNCE, or fine-tuned')
+    assert describe_released(write(without | sampler)).startswith('r21d, CoCLR')
+    for name in ('s3d', 's3dg'):
+        assert describe_released(write(encoder(name, 'encoder_q'))).startswith(f'{name}, ')
+
+
 def test_the_stream_is_saved_and_loaded_like_any_other(r21d, write, tmp_path):
-    stream = load_released(write(r21d))
+    stream = load_rgb(write(r21d))
     for again in (load_stream(save_stream(stream, tmp_path/'rgb')), Stream.from_pretrained(tmp_path/'rgb')):
         for name, tensor in stream.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor), name
     stream.train()(torch.randn(2, 3, 4, 16, 16))[1].square().sum().backward()
     assert all(parameter.grad is not None for parameter in stream.parameters())
+
+
+def test_a_network_of_yours_must_tell_its_width_and_keep_it():
+    network = torch.nn.Conv3d(3, 8, 1)
+    with pytest.raises(ValueError, match=r'Conv3d has num_features=0, .*: a backbone needs .num_features = F'): Stream(network)
+    network.num_features = 8
+    with pytest.raises(ValueError, match=r'Conv3d must return \[B, F\], where F is its num_features, 8, and not \[2, 8, 4, 6, 6\]'):
+        Stream(network)(torch.zeros(2, 3, 4, 6, 6))
+    for wrong in (dict(num_prototypes=1), dict(projection_dim=0)):
+        with pytest.raises(ValueError, match='2 prototypes or more, and a projection'): Stream('small', **wrong)
+
+
+def test_wrong_folders_and_keywords_are_told_apart(tmp_path):
+    folder = tmp_path/'run'/'stages'/'00-rgb-1'/'stream'
+    folder.parent.mkdir(parents=True)
+    save_stream(Stream('small', 4, 8, {'width': 2}), folder)
+    with pytest.raises(FileNotFoundError, match=r'save_stream wrote, such as .*/stages/00-rgb-1/stream$'): load_stream(tmp_path/'run')
+    with pytest.raises(TypeError, match='num_prototype'): load_stream(folder, num_prototype=3)
 
 
 def test_a_stream_saved_by_the_first_version(tmp_path):
@@ -255,11 +385,11 @@ def test_a_stream_records_what_it_was_trained_on_beside_the_same_weights(tmp_pat
     plain, recorded = ((folder/'model.safetensors').read_bytes() for folder in folders)
     assert plain == recorded
     assert json.loads((folders[1]/'config.json').read_text())['trained_on'] == record
-    for again in (load_stream(folders[1]), Stream.from_pretrained(folders[1]), load_for('flow', folders[1])):
+    for again in (load_stream(folders[1]), Stream.from_pretrained(folders[1]), load_stream(folders[1], 'flow')):
         assert again.trained_on == TrainedOn(**record)
     with pytest.raises(ValueError, match='recorded was trained on flow, not on rgb: give it flow clips'):
-        load_for('rgb', folders[1])
-    for modality in ('rgb', 'flow'): assert load_for(modality, folders[0]).trained_on.modality is None
+        load_stream(folders[1], 'rgb')
+    for modality in ('rgb', 'flow'): assert load_stream(folders[0], modality).trained_on.modality is None
     for wrong in (dict(modality='depth'), dict(clip_length=0), dict(view_size='32'), dict(fps=25), [1]):
         config = json.loads((folders[0]/'config.json').read_text()) | dict(trained_on=wrong)
         (folders[0]/'config.json').write_text(json.dumps(config))
@@ -274,7 +404,7 @@ def test_the_stream_goes_straight_into_evaluation(write, tmp_path):
     settings = PrepareSettings(short_side=64, flow_method='farneback', flow_bound=5)
     clips = TestClips(prepare(shapes['test'], shapes['videos'], tmp_path/'store', settings, workers=1),
                       clip_length=8, min_frames=1)
-    numbers, features = evaluate_stream(load_released(write(weights)), 'rgb', clips, clips, size=32,
+    numbers, features = evaluate_stream(load_rgb(write(weights)), 'rgb', clips, clips, size=32,
                                         crop=None, ks=(1,), probe_epochs=2)
     assert numbers['R@1'] == 1 and features['queries'].shape == (4, 512)
     assert torch.isfinite(features['gallery']).all()
@@ -287,7 +417,7 @@ def test_numpy_numbers_are_plain_values(r21d, write):
     assert {key: value for key, value in read_released(path).items()
             if key != 'state_dict'} == {'epoch': 3, 'best_acc': 0.5, 'iteration': 4, 'last': 0.25,
                                         'done': True}
-    holds(load_released(path), r21d)
+    holds(load_rgb(path), r21d)
     old = pickle.dumps(np.float64(0.5), protocol=2)
     old = old.replace(b'cnumpy._core.multiarray\n', b'cnumpy.core.multiarray\n')
     assert b'cnumpy.core.multiarray\n' in old
@@ -325,20 +455,20 @@ def test_code_in_a_file_is_not_run(r21d, tmp_path, old):
         assert ran.exists(), 'the trap does not work: this test says nothing'
         ran.unlink()
         message = r'trap.pth.tar holds [\w.]+, which is neither a tensor nor a plain value.*not read'
-        with pytest.raises(ValueError, match=message): load_released(path)
+        with pytest.raises(ValueError, match=message): load_rgb(path)
         assert not ran.exists()
     path.write_bytes(pickle.dumps(Trap(ran)))
-    with pytest.raises(ValueError, match='trap.pth.tar'): load_released(path)
+    with pytest.raises(ValueError, match='trap.pth.tar'): load_rgb(path)
     path.write_bytes(b"cos\nsystem\n(S'touch " + str(ran).replace(' ', '\\ ').encode() + b"'\ntR.")
-    with pytest.raises(ValueError, match='trap.pth.tar'): load_released(path)
+    with pytest.raises(ValueError, match='trap.pth.tar'): load_rgb(path)
     assert not ran.exists()
 
 
 def test_objects_are_named(r21d, write):
-    for value, name in ((argparse.Namespace(lr=1), 'argparse.Namespace'), (Path('x'), r'pathlib[\w.]*'),
+    for value, name in ((argparse.Namespace(path=Path('x')), r'pathlib[\w.]*'), (Path('x'), r'pathlib[\w.]*'),
                         (np.zeros(3), r'numpy[\w.]+')):
         with pytest.raises(ValueError, match=f'file.pth.tar holds {name}, which is neither.*weights alone'):
-            load_released(write(r21d, args=value))
+            load_rgb(write(r21d, args=value))
 
 
 @pytest.mark.parametrize('content', [b'', b'weights of ViCC, see below\n', b'<!DOCTYPE html><html>', b'PK\x03\x04' + bytes(1000),
@@ -346,7 +476,7 @@ def test_objects_are_named(r21d, write):
 def test_other_files(content, tmp_path):
     (tmp_path/'notes.pth.tar').write_bytes(content)
     with pytest.raises(ValueError, match='notes.pth.tar is damaged or no PyTorch checkpoint'):
-        load_released(tmp_path/'notes.pth.tar')
+        load_rgb(tmp_path/'notes.pth.tar')
 
 
 @pytest.mark.parametrize('old', [False, True])
@@ -356,23 +486,23 @@ def test_half_a_download(r21d, tmp_path, share, old):
     torch.save({'state_dict': {name: tensor for name, tensor in r21d.items() if '.0.conv5' not in name}},
                path, _use_new_zipfile_serialization=not old)
     path.write_bytes(path.read_bytes()[:int(share*path.stat().st_size)])
-    with pytest.raises(ValueError, match='half.pth.tar is damaged.*download it again'): load_released(path)
+    with pytest.raises(ValueError, match='half.pth.tar is damaged.*download it again'): load_rgb(path)
 
 
 def test_not_a_file(tmp_path):
     for path in (tmp_path/'gone.pth.tar', tmp_path):
-        with pytest.raises(FileNotFoundError, match='is not a file'): load_released(path)
+        with pytest.raises(FileNotFoundError, match='is not a file'): load_rgb(path)
 
 
 def test_checkpoint_of_another_backbone(write):
     resnet = {f'encoder_q.0.layer{n}.conv1.weight': torch.zeros(1) for n in range(30)}
     with pytest.raises(ValueError, match='encoder_q does not fit .*Missing key.*backbone'):
-        load_released(write(resnet))
+        load_rgb(write(resnet))
 
 
 def test_missing_extra_and_misshapen_keys(r21d, write):
     def refused(state, message):
-        with pytest.raises(ValueError, match=message): load_released(write(state))
+        with pytest.raises(ValueError, match=message): load_rgb(write(state))
     lack = {name: tensor for name, tensor in r21d.items() if '.bn1.' not in name}
     refused(lack, 'file.pth.tar: encoder_q does not fit .*Missing key.*"backbone.bn1.weight", ')
     refused({name: t for name, t in r21d.items() if name != 'encoder_q.4.bias'},
@@ -381,11 +511,12 @@ def test_missing_extra_and_misshapen_keys(r21d, write):
             'Missing key.*: "head.0.weight", "head.0.bias"')
     refused({**r21d, 'encoder_q.0.fc.weight': torch.zeros(1)}, 'Unexpected key.*: "backbone.fc.weight"')
     refused({**r21d, 'encoder_q.3.weight': torch.zeros(1)}, 'Unexpected key.*: "3.weight"')
-    refused({**r21d, 'final_fc.weight': torch.zeros(1)},
-            r"there are \['final_fc.weight'\]")
+    refused({**r21d, 'decoder.weight': torch.zeros(1)}, r"there are \['decoder.weight'\]")
+    refused({**r21d, 'module.prototypes.weight': torch.zeros(6, 8)}, r"there are \['prototypes.weight twice'\]")
+    refused({**r21d, 'backbone.bn1.weight': torch.zeros(64)}, r"there are \['encoder_q.0.bn1.weight twice'\]")
     refused({**r21d, 'encoder_q': torch.zeros(1)}, r"there are \['encoder_q'\]")
-    refused({f'backbone.{name}': tensor for name, tensor in r21d.items()},
-            r"no file of ViCC or CoCLR.*there are \['backbone.encoder_q.0")
+    refused({f'wrapped.{name}': tensor for name, tensor in r21d.items()},
+            r"no file of ViCC or CoCLR.*there are \['wrapped.encoder_q.0")
     refused({**r21d, 'encoder_q.0.conv1.spatial_conv.weight': torch.zeros(83, 2, 1, 7, 7)},
             r'size mismatch for backbone.conv1.spatial_conv.weight.*\[83, 2, 1, 7, 7\].*\[83, 3, 1, 7, 7\]')
     refused({**r21d, 'encoder_q.2.weight': torch.zeros(())}, 'size mismatch for head.0.weight')
@@ -403,7 +534,7 @@ def test_a_second_name_may_miss_but_not_both(write):
     def load(keep):
         kept = {name: tensor for name, tensor in state.items() if not name.startswith('encoder_q.0.')
                 or keep(name[12:])}
-        return type(load_released(write(kept)).backbone).__name__
+        return type(load_rgb(write(kept)).backbone).__name__
     assert load(lambda name: not name.startswith('block')) == 'S3D'
     assert load(lambda name: name.startswith('block')) == 'S3D'
     missing = '"backbone.block1.0.conv1.weight", "backbone.block1.0.conv2.weight"'
@@ -416,17 +547,17 @@ def test_nothing_in_it(tmp_path):
                     {'state_dict': {'encoder_q.0.conv1.weight': 1}}, torch.zeros(3)):
         torch.save(content, tmp_path/'odd.pth.tar')
         with pytest.raises(ValueError, match="odd.pth.tar.*('state_dict' is no|no file of ViCC)"):
-            load_released(tmp_path/'odd.pth.tar')
+            load_rgb(tmp_path/'odd.pth.tar')
 
 
 def test_wrong_wishes(r21d, write):
     path = write(r21d)
     with pytest.raises(ValueError, match="holds no rgb stream: give stream='optimised'$"):
-        load_released(path, stream='rgb')
+        load_rgb(path, stream='rgb')
     with pytest.raises(ValueError, match="holds no frozen stream: give stream='optimised'$"):
-        load_released(path, stream='frozen')
+        load_rgb(path, stream='frozen')
     with pytest.raises(ValueError, match=r'size mismatch for prototypes.weight.*\[6, 8\].*\[300, 8\]'):
-        load_released(path, num_prototypes=300)
+        load_rgb(path, num_prototypes=300)
 
 
 def test_export_refuses_what_the_released_code_cannot_read(tmp_path):

@@ -1,5 +1,6 @@
 "The step of a stage: who moves, a batch in chunks, values that cannot work."
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from helpers import FLOW_STAGE as SETTINGS, shapes_store, train_flow as train
 from vicc.augment import ViewSettings
 from vicc.compare.baselines import create_method
 from vicc.data import TwoStreamDataset, collate
-from vicc.trainer import StageConfig, Trainer
+from vicc.trainer import StageConfig, StageMetrics, Trainer
 from vicc.streams import Stream
 
 @pytest.fixture(scope='module')
@@ -20,7 +21,7 @@ def store(tmp_path_factory): return shapes_store(tmp_path_factory.mktemp('shapes
 def cpu(): return Accelerator(cpu=True)
 
 def test_other_methods_refuse_parts(store, cpu, tmp_path):
-    with pytest.raises(ValueError, match='infonce does not compute batches in chunks'): train(store, cpu, tmp_path, replace(SETTINGS, accumulate=2), method=create_method('infonce', key_queue_length=8))
+    with pytest.raises(ValueError, match='infonce has a step of its own, without accumulate'): train(store, cpu, tmp_path, replace(SETTINGS, accumulate=2), method=create_method('infonce', key_queue_length=8))
 
 def test_prototypes_stand_still_at_first_and_the_teacher_always(store, cpu):
     data = TwoStreamDataset(store, None, clip_length=8, views=ViewSettings(size=32))
@@ -58,3 +59,12 @@ def test_values_of_a_stage_that_cannot_work():
     for values, words in ((dict(epochs=0), 'epochs'), (dict(epochs=600), 'schedule_epochs=500 is less than epochs=600'), (dict(gradient_views=3), 'gradient_views'),
                           (dict(optimizer='adamx'), "optimizer='adamx' is not one of"), (dict(accumulate=5), 'cannot be computed in accumulate=5 equal chunks')):
         with pytest.raises(ValueError, match=words): StageConfig(**values)
+
+def test_metrics_of_two_steps_by_hand(cpu):
+    "The first views choose prototypes 0, 1 and 0, 1, the last views 0, 2 and 0, 1; one of eight targets is uniform."
+    metrics, eye = StageMetrics(4, cpu.device), torch.eye(4)
+    metrics.update(torch.tensor(1.), [eye[[0, 1]], eye[[0, 2]]])
+    metrics.update(torch.tensor(2.), [eye[[0, 1]], torch.stack([eye[0], torch.full((4,), 1/4) + eye[1]*1e-6])])
+    numbers = metrics.compute(cpu)
+    assert (numbers['loss'], numbers['prototypes_in_use'], numbers['agreement']) == (1.5, 2, .75)
+    assert abs(numbers['assignment_entropy'] - math.log(2)) < 1e-6 and abs(numbers['target_entropy'] - math.log(4)/8) < 1e-5

@@ -13,6 +13,7 @@ import math
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -21,19 +22,22 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import nn, Tensor
 
 from ..data import TwoStreamDataset
+from ..engine.io import did_you_mean
 from ..prototypes import normalize_rows
-from ..recipe import did_you_mean, explain_validation_errors
+from ..recipe import explain_validation_errors
 from ..streams import Stream
 from ..trainer import MethodSpec, StageConfig, Trainer, VICC
 
 # %% ../../nbs/compare/baselines.ipynb #30c8e3fe
 def multi_positive_nce(
     query: Tensor,  # [B, D] projections of length 1, with gradient
-    keys: Tensor,  # [B, D] each query's own key: always a positive
+    keys: Tensor,  # [B, D] each query's own key: a positive
     queue: Tensor,  # [L, D] keys of earlier clips; L may be 0
-    positive_mask: Tensor,  # bool [B, L]: more positives
+    positive_mask: Tensor,  # bool [B, L]: more positives, in the queue
     ignore_mask: Tensor,  # bool [B, L]: neither positive nor negative
     temperature: float = 0.07,  # τ
+    own_key: bool = True,  # False: no positive where the queue has others; it stays in the denominator
+    mean_of_logs: bool = False,  # over the positives, as UberNCE; else the logarithm of their sum, as CoCLR
 ) -> tuple[Tensor, Tensor]:  # loss, scalar in nats; and bool [B]: is the nearest a positive?
     """Minus the logarithm of the positives' share, mean over the queries.
 
@@ -45,8 +49,11 @@ def multi_positive_nce(
     positive = F.pad(positive_mask, (1, 0), value=True)
     ignored = F.pad(ignore_mask, (1, 0), value=False)
     logits = logits.masked_fill(ignored & ~positive, -math.inf)
-    loss = (logits.logsumexp(1) - logits.masked_fill(~positive, -math.inf).logsumexp(1)).mean()
-    return loss, positive.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
+    hits = positive.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
+    if not own_key: positive[:, 0] = ~positive_mask.any(1)
+    if mean_of_logs: share = logits.masked_fill(~positive, 0).sum(1)/positive.sum(1)
+    else: share = logits.masked_fill(~positive, -math.inf).logsumexp(1)
+    return (logits.logsumexp(1) - share).mean(), hits
 
 @torch.no_grad()
 def ema_update(
@@ -79,7 +86,10 @@ class KeyQueue(nn.Module):
         self.register_buffer('all_keys', torch.zeros(length, projection_dim))
         self.register_buffer('all_teacher_keys', torch.zeros(length, teacher_dim))
         self.register_buffer('all_samples', torch.full((length,), -1))
-        self.filled = 0
+        self.pushed = 0  # keys so far, those that fell out too
+
+    @property
+    def filled(self) -> int: return min(self.pushed, len(self.all_keys))  # rows that hold a key
 
     @property
     def full(self) -> bool: return self.filled == len(self.all_keys)  # whether every row holds a key
@@ -104,11 +114,11 @@ class KeyQueue(nn.Module):
         columns = ((self.all_keys, keys), (self.all_samples, samples), (self.all_teacher_keys, teacher_keys))
         for stored, new in columns:
             stored.copy_(torch.cat([new.to(stored.dtype), stored])[:len(stored)])
-        self.filled = min(self.filled + len(keys), len(self.all_keys))
+        self.pushed += len(keys)
 
-    def get_extra_state(self) -> int: return self.filled
+    def get_extra_state(self) -> int: return self.pushed
 
-    def set_extra_state(self, state: int) -> None: self.filled = state
+    def set_extra_state(self, state: int) -> None: self.pushed = state
 
 def mine_positives(
     similarity: Tensor,  # [B, L] cosines in the teacher's stream
@@ -132,6 +142,7 @@ class ContrastiveConfig(BaseModel, frozen=True, extra='forbid', allow_inf_nan=Fa
     key_momentum: float = Field(0.999, ge=0, lt=1)  # m
     temperature: float = Field(0.07, gt=0)  # τ
     top_k: int = Field(5, ge=1)  # positives to mine for each query
+    own_key_share: float = Field(0.1, ge=0, le=1)  # of the steps with mined positives: the own key is one too
 
 class ContrastiveMetrics:
     "Sums of an epoch's numbers, on the device."
@@ -175,6 +186,12 @@ class ContrastiveTrainer(Trainer):
         if self.contrast.positives == 'label' and unlabelled:
             raise ValueError(f"positives='label' needs the class of every video, and {unlabelled} of "
                              f'{len(self.labels)} have none: leave them out, or choose another method')
+        self.mines = self.contrast.positives == 'mined' and teacher is not None
+        batch = settings.batch_size*accelerator.num_processes
+        keys, length = len(dataset.rows)//batch*batch*settings.epochs, self.contrast.key_queue_length
+        if self.mines and keys <= length:
+            raise ValueError(f'the stage has {keys} clips for a queue of {length}, and nothing is learned '
+                             'before it is full: lower key_queue_length')
         super().__init__(name, stream, settings, dataset, accelerator, teacher)
 
     def step(self, batch: dict[str, Any], epoch: int, metrics: ContrastiveMetrics) -> None:
@@ -185,14 +202,22 @@ class ContrastiveTrainer(Trainer):
             query = self.model(first)
             keys, teacher_keys = self.keys(batch, second)
         positive, siblings, same_class = self.masks(samples, teacher_keys)
-        temperature = self.contrast.temperature
-        loss, hits = multi_positive_nce(query, keys, self.queue.keys, positive, siblings, temperature)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
-        self.optimizer.step()
+        loss, hits = multi_positive_nce(
+            query, keys, self.queue.keys, positive, siblings, self.contrast.temperature, self.own_key(),
+            mean_of_logs=self.contrast.positives == 'label')
+        if not self.mines or self.queue.full:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.accelerator.backward(loss)
+            self.optimizer.step()
         rows = (keys, samples) if self.teacher is None else (keys, samples, teacher_keys)
         self.queue.push(*map(self.accelerator.gather, rows))  # those of all processes
-        metrics.update(loss, hits, positive, same_class)
+        metrics.update(loss, hits, positive & ~siblings, same_class)
+
+    def own_key(self) -> bool:
+        "Draw whether the own keys of this step are positives; every process draws the same."
+        if not self.mines: return True
+        rng = np.random.default_rng((self.seed, self.queue.pushed))
+        return rng.random() < self.contrast.own_key_share
 
     @torch.no_grad()
     def keys(self,
@@ -216,8 +241,9 @@ class ContrastiveTrainer(Trainer):
         same_class = (labels == self.labels[self.queue.samples]) & (labels >= 0)
         positive = torch.zeros_like(siblings)
         if self.contrast.positives == 'label': positive = same_class
-        elif self.contrast.positives == 'mined' and self.teacher is not None and self.queue.full:
-            positive = mine_positives(teacher_keys@self.queue.teacher_keys.T, self.contrast.top_k, siblings)
+        elif self.mines and self.queue.full:
+            similarity = teacher_keys@self.queue.teacher_keys.T
+            positive = siblings | mine_positives(similarity, self.contrast.top_k, siblings)
         return positive, siblings, same_class
 
     def parameters(self) -> list[nn.Parameter]: return list(ProjectionEncoder(self.stream).parameters())
@@ -264,7 +290,7 @@ def contrastive_method(
 ) -> MethodSpec:
     "Create a contrastive method with the paper's values."
     values = ContrastiveConfig(positives=positives).model_dump()
-    if positives != 'mined': del values['top_k']
+    if positives != 'mined': del values['top_k'], values['own_key_share']
     return MethodSpec(name, ContrastiveTrainer, values, uses_teacher)
 
 TRAINING_METHODS = dict(
@@ -277,7 +303,7 @@ TRAINING_METHODS = dict(
 
 def create_method(
     name: str,  # one of TRAINING_METHODS
-    **values: Any,  # instead of the paper's: key_queue_length, key_momentum, temperature, top_k
+    **values: Any,  # instead of the paper's: key_queue_length, key_momentum, temperature, …
 ) -> MethodSpec:  # for alternate and train_stage
     "Create a method by name. Raises ValueError for a name or a value that is unknown or cannot work."
     if name not in TRAINING_METHODS:

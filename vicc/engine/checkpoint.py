@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn, Tensor
 
-from .io import atomic_write, disk_errors, one_line
+from .io import atomic_write, disk_errors, short_repr
 
 # %% ../../nbs/engine/checkpoint.ipynb #159cba4d
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -65,25 +65,27 @@ def verify(folder: Path) -> str | None:
     for path in files:
         try:
             with zipfile.ZipFile(path) as archive: damaged = archive.testzip()
-        except Exception as error:  # zipfile raises many kinds for a damaged file
-            return f'{path.name} cannot be read ({one_line(error)})'
-        if damaged: return f'the content of {path.name} was changed (the checksum of {damaged} is another)'
+        except Exception as error: damaged = short_repr(error)  # zipfile raises many kinds
+        if damaged: return f'{path.name} cannot be read, or was changed ({damaged})'
     return None
 
-def latest_valid(folder: Path) -> Path | None:
-    "Find the newest valid checkpoint. Warns of damaged ones; raises ValueError if all are damaged or old."
+def latest_valid(folder: Path, processes: int) -> tuple[str, str]:
+    "Find the newest valid checkpoint: its name, else ''; and what is wrong, else ''. Warns of damaged ones."
     damaged = []
     for path in checkpoint_folders(folder):
-        if not rank_files(path): continue
+        files = rank_files(path)
+        if not files: continue
         problem = verify(path)
-        if problem is None: return path
-        damaged.append(f'{path}: {problem}')
-        warnings.warn(f'the checkpoint {damaged[-1]}. It is left out; the one before is taken', stacklevel=2)
-    old = [*folder.glob('epoch-*.pt'), *folder.glob('step-*/index.json')]
-    damaged += [f'{path}: written by an older version of vicc' for path in old]
-    if not damaged: return None
-    raise ValueError(f'every checkpoint is damaged or old ({"; ".join(damaged)}): delete {folder} to start '
-                     'this stage again, or bring the files back from a copy')
+        if problem:
+            damaged.append(f'{path}: {problem}')
+            warnings.warn(f'the checkpoint {damaged[-1]}. It is left out; the one before is taken')
+        elif len(files) == processes: return path.name, ''
+        else:
+            return '', (f'{path} was written by {len(files)} processes, and now there are {processes}: '
+                        'start as many as before, or choose another folder')
+    if not damaged: return '', ''
+    return '', (f'every checkpoint is damaged ({"; ".join(damaged)}): delete {folder} to start this stage '
+                'again, or bring the files back from a copy')
 
 def load_checkpoint(
     folder: Path,  # of all checkpoints of a stage
@@ -91,28 +93,22 @@ def load_checkpoint(
 ) -> tuple[Any, Any] | None:  # global_state and own rank_state, on the CPU; None: no checkpoint yet
     """Read the newest valid checkpoint, the same on every process.
 
-    Raises ValueError as `latest_valid` does, and for another number of processes.
+    Raises ValueError if all are damaged, and for another number of processes.
     """
-    message: list[Any] = [None, None]  # name of the checkpoint, error
-    if accelerator.is_main_process:
-        try:
-            path = latest_valid(folder)
-            message[0] = path and path.name
-        except ValueError as error: message[1] = str(error)
-    if accelerator.num_processes > 1: broadcast_object_list(message)
-    if message[1]: raise ValueError(message[1])
-    if not message[0]: return None
-    files = rank_files(folder/message[0])
-    if len(files) != accelerator.num_processes:
-        raise ValueError(f'{folder/message[0]} was written by {len(files)} processes, and now there are '
-                         f'{accelerator.num_processes}: start as many as before, or choose another folder')
-    own = files[accelerator.process_index]
+    found = ['', '']
+    if accelerator.is_main_process: found = list(latest_valid(folder, accelerator.num_processes))
+    if accelerator.num_processes > 1: broadcast_object_list(found)
+    name, problem = found
+    if problem: raise ValueError(problem)
+    if not name: return None
+    files, rank = rank_files(folder/name), accelerator.process_index
     try:
-        read = {path: torch.load(path, map_location='cpu', weights_only=True) for path in {files[0], own}}
-        return read[files[0]]['global_state'], read[own]['rank_state']
+        own = torch.load(files[rank], map_location='cpu', weights_only=True)
+        first = torch.load(files[0], map_location='cpu', weights_only=True) if rank else own
+        return first['global_state'], own['rank_state']
     except Exception as error:  # the unpickler raises many kinds for a file that somebody else wrote
-        raise ValueError(f'{own.parent} is not what this version of vicc writes ({type(error).__name__}: '
-                         f'{one_line(error)}): delete {own.parent}, if you know where it is from') from error
+        raise ValueError(f'{folder/name} is not what this version of vicc writes ({type(error).__name__}: '
+                         f'{short_repr(error)}): delete it, if you know where it is from') from error
 
 def weights_hash(module: nn.Module) -> str:
     "Hash all parameters and buffers (16 hexadecimal digits): the same for the same weights."

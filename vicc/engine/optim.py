@@ -49,9 +49,7 @@ class LARC(torch.optim.Optimizer):
         closure: Callable | None = None, # computes the loss again and returns it; rarely used
     ) -> Tensor | None: # what the closure returned
         "One step for every parameter that has a gradient."
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             bundles = {}
             for p in group['params']:
@@ -70,7 +68,7 @@ class LARC(torch.optim.Optimizer):
                 torch._foreach_add_(weights, momenta, alpha=-group['lr'])
         return loss
 
-OPTIMIZERS = ('larc', 'sgd', 'adam', 'adamw')
+OPTIMIZERS = dict(larc=LARC, sgd=torch.optim.SGD, adam=torch.optim.Adam, adamw=torch.optim.AdamW)
 
 def create_optimizer(
     name: str, # one of OPTIMIZERS
@@ -80,11 +78,8 @@ def create_optimizer(
     momentum: float = 0.9, # mu; for the Adams the first beta
 ) -> torch.optim.Optimizer: # ready to step
     "An optimizer by name."
-    shared = dict(lr=learning_rate, weight_decay=weight_decay)
-    if name == 'larc': return LARC(parameters, momentum=momentum, **shared)
-    if name == 'sgd': return torch.optim.SGD(parameters, momentum=momentum, **shared)
-    kinds = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}
-    return kinds[name](parameters, betas=(momentum, 0.999), **shared)
+    inertia = dict(betas=(momentum, 0.999)) if name.startswith('adam') else dict(momentum=momentum)
+    return OPTIMIZERS[name](parameters, lr=learning_rate, weight_decay=weight_decay, **inertia)
 
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, # any optimizer, also one wrapped by accelerate

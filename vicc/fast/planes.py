@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Box', 'Row', 'RawClip', 'crop_planes', 'is_supported_frame', 'seek_frames', 'read_planes', 'planes_to_rgb',
-           'clip_pixels', 'assemble_clips_reference', 'assemble_clips', 'PackedClips', 'pack_clips']
+           'assemble_clips_reference', 'PackedClips', 'pack_clips']
 
 # %% ../../nbs/fast/planes.ipynb #a6753314
 import math
@@ -55,10 +55,7 @@ def crop_planes(
         out[start:start + height*width].reshape(height, width)[:] = rows[:, left:left + width]
         start += height*width
 
-def is_supported_frame(
-    picture: av.VideoFrame,  # the first of a file
-    stream: str,  # 'rgb' or 'flow'
-) -> bool:  # True if it can be read as planes
+def is_supported_frame(picture: av.VideoFrame, stream: str) -> bool: # of 'rgb' or 'flow'
     "Whether a picture is of the kind that `prepare` writes: colour of limited range, or grey of full range."
     if picture.width % 2 or picture.height % 2 or getattr(picture, 'rotation', 0): return False
     name, full_range = picture.format.name, picture.color_range == 2
@@ -133,40 +130,23 @@ def planes_to_rgb(
 # %% ../../nbs/fast/planes.ipynb #a3343919
 Row = tuple[int, tuple[int, ...], tuple[int, int]]  # of a clip: start in the block, shape, (height, width)
 
-def clip_pixels(
-    data: Tensor,  # uint8 [bytes] of a batch
-    row: Row,  # of the clip
-    channels: int,  # C: 3 for RGB, 2 for flow
-) -> Tensor:  # uint8 [T, h, w, C]
-    "Pixels of one clip."
-    start, shape, (height, width) = row
-    frames = data[start:start + math.prod(shape)].view(shape)
-    if len(shape) == 4: return frames
-    if channels == 2: return frames.view(-1, 2, height, width).movedim(1, -1)
-    luma, colours = frames[:, :height*width], frames[:, height*width:].reshape(-1, 2, height//2, width//2)
-    return planes_to_rgb(luma.reshape(-1, height, width), *colours.unbind(1))
-
 def assemble_clips_reference(
     data: Tensor,  # uint8 [bytes] of a batch
     rows: list[Row],  # of each sample
     channels: int,  # C: 3 for RGB, 2 for flow
 ) -> Tensor:  # uint8 [B, T, H, W, C], black where a clip is smaller
-    "`assemble_clips` in plain PyTorch: what the kernel must give, and the way without one."
+    "Lay clips out as one block of pixels: what the kernel must give, and the way without one."
     height, width = (max(size[axis] for _, _, size in rows) for axis in (0, 1))
     pixels = data.new_zeros(len(rows), rows[0][1][0], height, width, channels)
-    for clip, row in zip(pixels, rows):
-        clip[:, :row[2][0], :row[2][1]] = clip_pixels(data, row, channels)
+    for clip, (start, shape, (height, width)) in zip(pixels, rows):
+        frames = data[start:start + math.prod(shape)].view(shape)
+        if len(shape) == 2 and channels == 2: frames = frames.view(-1, 2, height, width).movedim(1, -1)
+        elif len(shape) == 2:
+            luma, colours = frames.split([height*width, height*width//2], 1)
+            colours = colours.reshape(-1, 2, height//2, width//2)
+            frames = planes_to_rgb(luma.reshape(-1, height, width), *colours.unbind(1))
+        clip[:, :height, :width] = frames
     return pixels
-
-def assemble_clips(
-    data: Tensor,  # uint8 [bytes] of a batch
-    rows: list[Row],  # of each sample
-    channels: int,  # C: 3 for RGB, 2 for flow
-) -> Tensor:  # uint8 [B, T, H, W, C], black where a clip is smaller; in any order in memory
-    "Clips of several sizes as one block of pixels, where the data is."
-    planar = all(len(shape) == 2 for _, shape, _ in rows)
-    fused = fused_assemble_clips if data.device.type == 'cuda' and planar else None
-    return (fused or assemble_clips_reference)(data, rows, channels)
 
 @dataclass
 class PackedClips:
@@ -195,7 +175,9 @@ class PackedClips:
     def __getitem__(self, key: tuple[slice, int]) -> Tensor:  # uint8 [B, T, H, W, C]
         samples, view = key
         rows = [self.clips[seen[view]] for seen in self.seen[samples]]
-        return assemble_clips(self.data, rows, self.channels)
+        planar = all(len(shape) == 2 for _, shape, _ in rows)
+        fused = fused_assemble_clips if self.data.device.type == 'cuda' and planar else None
+        return (fused or assemble_clips_reference)(self.data, rows, self.channels)
 
 def pack_clips(
     samples: list[list[RawClip]],  # of each sample, a clip for each view; one object if two see one clip

@@ -141,9 +141,7 @@ def tvl1_level(
     u: Tensor,  # [N, 2, H, W] where to start
     settings: TVL1Settings = TVL1Settings(),  # the values of TV-L1
 ) -> Tensor:  # [N, 2, H, W] better flow
-    """TV-L1 at one level of the pyramid.
-
-    Source: Zach, Pock and Bischof 2007; Sanchez, Meinhardt-Llopis and Facciolo 2013."""
+    "TV-L1 at one level of the pyramid. Source: Zach et al. 2007; Sanchez et al. 2013."
     s = settings
     threshold = s.epsilon ** 2 * I0[0].numel()  # squared pixels, summed over the frame
     with_slope = torch.cat([I1, image_gradient(I1)], dim=1)
@@ -366,13 +364,6 @@ def _ordered(a, b):
     return tl.minimum(a, b), tl.maximum(a, b)
 
 @_jit
-def _sort3(a, b, c):
-    a, b = _ordered(a, b)
-    b, c = _ordered(b, c)
-    a, b = _ordered(a, b)
-    return a, b, c
-
-@_jit
 def _sort5(a, b, c, d, e):
     a, b = _ordered(a, b)
     d, e = _ordered(d, e)
@@ -413,8 +404,8 @@ def _median5(image, y, x, H, W, mask):
     _, _, middle, _, _ = _sort5(a4, b3, c2, d1, e0)
     below = tl.maximum(tl.maximum(a3, b2), tl.maximum(c1, d0))
     above = tl.minimum(tl.minimum(b4, c3), tl.minimum(d2, e1))
-    _, result, _ = _sort3(below, middle, above)
-    return result
+    low, high = _ordered(below, middle)
+    return tl.maximum(low, tl.minimum(high, above))
 
 @_jit
 def median_kernel(u, u_median, side, alive, N, H, W, BLOCK: tl.constexpr):
@@ -499,10 +490,6 @@ class Workspace:
         "The state that the next launch reads."
         return self.alive[self.launches % 2], self.side[self.launches % 2]
 
-    def result(self) -> Tensor: # [N, 2, H, W]
-        "The flow of each pair, from the side where it is."
-        return torch.where(self.now()[1].view(-1, 1, 1, 1) == 1, self.u[1], self.u[0])
-
 @torch.no_grad()
 def fused_level(
     I0: Tensor,  # [N, 1, H, W] previous frames, grey values 0-255
@@ -538,4 +525,4 @@ def fused_level(
                     work.u, work.u_median, work.p, work.rho, work.gradient, work.change,
                     alive, side, *work.now(), *shape, work.tiles, min(K, s.inner_iterations - done), *numbers,
                     outer == done == 0, done == 0, K, *tile, **options)
-    return work.result()
+    return torch.where(work.now()[1].view(-1, 1, 1, 1) == 1, work.u[1], work.u[0])  # each pair from its side

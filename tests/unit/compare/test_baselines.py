@@ -1,10 +1,12 @@
 "InfoNCE, UberNCE and CoCLR: the loss against loops, what a step may change, killed runs, two processes."
 import copy
+import json
 import math
 import os
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
@@ -56,32 +58,36 @@ def steps(stage, count, metrics=None):
 
 # The loss
 
-def slow_nce(query, keys, queue, positive, ignored, temperature):
+def slow_nce(query, keys, queue, positive, ignored, temperature, own_key=True, mean_of_logs=False):
     "Loops over single numbers."
     losses = []
     for q, k, positives, ignores in zip(query.tolist(), keys.tolist(), positive.tolist(), ignored.tolist()):
-        above = below = math.exp(sum(a*b for a, b in zip(q, k))/temperature)
+        below = math.exp(sum(a*b for a, b in zip(q, k))/temperature)
+        shares = [below] if own_key or not any(positives) else []
         for row, is_positive, is_ignored in zip(queue.tolist(), positives, ignores):
             similarity = math.exp(sum(a*b for a, b in zip(q, row))/temperature)
-            above += similarity*is_positive
+            if is_positive: shares.append(similarity)
             below += similarity*(is_positive or not is_ignored)
-        losses.append(-math.log(above/below))
+        if mean_of_logs: losses.append(-sum(math.log(share/below) for share in shares)/len(shares))
+        else: losses.append(-math.log(sum(shares)/below))
     return sum(losses)/len(losses)
 
+@pytest.mark.parametrize('own_key, mean_of_logs', [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize('batch, length, dim, temperature', [(1, 1, 2, 1.), (5, 9, 4, .5), (3, 30, 16, .07)])
-def test_loss_is_the_equation(batch, length, dim, temperature):
+def test_loss_is_the_equation(batch, length, dim, temperature, own_key, mean_of_logs):
     g = torch.Generator().manual_seed(batch)
     query, keys, queue = (unit(torch.randn(rows, dim, generator=g)) for rows in (batch, batch, length))
     positive, ignored = (torch.rand(batch, length, generator=g) < .4 for _ in range(2))
     query.requires_grad_(True)
-    loss, _ = multi_positive_nce(query, keys, queue, positive, ignored, temperature)
-    assert loss.item() == pytest.approx(slow_nce(query, keys, queue, positive, ignored, temperature),
-                                        rel=1e-5)
+    others = keys, queue, positive, ignored, temperature, own_key, mean_of_logs
+    loss, hits = multi_positive_nce(query, *others)
+    assert loss.item() == pytest.approx(slow_nce(query, *others), rel=1e-5)
+    assert torch.equal(hits, multi_positive_nce(query, *others[:5])[1])  # the accuracy counts the own key
     loss.backward()
     for place in ((0, 0), (batch - 1, dim - 1)):  # against differences
         moved = [query.detach().double().clone() for _ in range(2)]
         for sign, values in zip((1, -1), moved): values[place] += sign*1e-5
-        high, low = (slow_nce(values, keys, queue, positive, ignored, temperature) for values in moved)
+        high, low = (slow_nce(values, *others) for values in moved)
         assert query.grad[place].item() == pytest.approx((high - low)/2e-5, rel=1e-3, abs=1e-4)
 
 def test_loss_is_exact_under_autocast_and_extreme():
@@ -194,11 +200,37 @@ def test_mines_only_from_a_full_queue_and_in_the_other_stream(store, cpu):
     teacher_keys = stage.queue.all_teacher_keys[:3] + 0
     positive, siblings, _ = stage.masks(stage.queue.samples[:3], teacher_keys)
     similarity = (teacher_keys@stage.queue.teacher_keys.T).masked_fill(siblings, -2)
-    assert torch.equal(positive, torch.zeros_like(positive).scatter(1, similarity.topk(2).indices, True))
+    mined = torch.zeros_like(positive).scatter(1, similarity.topk(2).indices, True)
+    assert torch.equal(positive, mined | siblings) and siblings.any(1).all() and not (mined & siblings).any()
     alone = new_stage(store, cpu, 'coclr')  # without a teacher
     metrics = alone.create_metrics()
     steps(alone, 4, metrics)
     assert metrics.compute(cpu)['positives'] == 1
+
+def test_coclr_takes_no_step_before_its_queue_is_full(store, cpu):
+    stage, stepped = new_stage(store, cpu, 'coclr', teacher=stream(1).eval()), []
+    for _ in range(4):
+        before = [parameter.detach().clone() for parameter in stage.model.parameters()]
+        steps(stage, 1)
+        stepped.append(any(not torch.equal(old, new) for old, new in zip(before, stage.model.parameters())))
+    assert stepped == [False, False, True, True]  # 8 keys a step for a queue of 12
+    with pytest.raises(ValueError, match='64 clips for a queue of 64'):
+        new_stage(store, cpu, 'coclr', teacher=stream(1).eval(), key_queue_length=64)
+
+def test_the_own_key_is_a_positive_in_a_tenth_of_the_steps(store, cpu):
+    stage = new_stage(store, cpu, 'coclr', teacher=stream(1).eval())
+    def share(count=2000):
+        drawn = []
+        for _ in range(count):
+            stage.queue.pushed += 8
+            drawn.append(stage.own_key())
+        return sum(drawn)/count
+    assert .08 < share() < .12
+    for wanted in (0., 1.):
+        stage.contrast = stage.contrast.model_copy(update=dict(own_key_share=wanted))
+        assert share(50) == wanted
+    for name in ('infonce', 'ubernce', 'coclr'):  # CoCLR without a teacher: nothing is mined
+        assert all(new_stage(store, cpu, name).own_key() for _ in range(30))
 
 # Killed and started again
 
@@ -246,7 +278,6 @@ def flat_stream(seed):
 
 def trained_flat(accelerator, positives, part):
     "Four steps on made-up views; `part` of each batch of 8."
-    import pandas as pd
     rows = pd.DataFrame(dict(video=[f'v{number}' for number in range(20)],
                              label=[number % 3 for number in range(20)],
                              group=[f'g{number//2}' for number in range(20)]))
@@ -319,7 +350,7 @@ def test_methods_run_the_plan(store, cpu, tmp_path):
     alternate(recipe, store, tmp_path/'coclr', method=create_method('coclr', **VALUES), accelerator=cpu,
               log=lines.append)
     assert lines == []
-    with pytest.raises(ValueError, match='holds a run of another method'):
+    with pytest.raises(ValueError, match='holds another run .method.yaml is'):
         alternate(recipe, store, tmp_path/'coclr', method=create_method('coclr'), **quiet)
     with pytest.raises(ValueError, match='coclr teaches each stream by the other'):
         alternate(recipe, store, tmp_path/'no', method=create_method('coclr'), train=('rgb',), **quiet)
@@ -336,3 +367,27 @@ def test_default_is_the_paper():
 def test_recordings_of_a_manifest(tmp_path):
     (tmp_path/'m.csv').write_text('video,group\na.mp4,park\nb.mp4,\nc.mp4,park\npark,\n')
     assert recording_ids(read_manifest(tmp_path/'m.csv')).tolist() == [0, 1, 0, 2]
+
+@pytest.mark.timeout(300)
+def test_run_baselines_gives_every_method_as_many_trials_and_goes_on(tmp_path):
+    import papermill as pm
+    from pathlib import Path
+    root = Path(__file__).parents[3]
+    short = dict(cycles=1, single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=1, single_batch_size=8,
+                 cross_batch_size=8)
+    values = dict(seeds=[0], methods=['vicc', 'coclr'], changes=short, search_changes=short, trials=2,
+                  key_queue_length=16, num_train_videos=32, num_test_videos=8, output=str(tmp_path))
+    def execute(**changes):
+        pm.execute_notebook(root/'nbs'/'run_baselines.ipynb', tmp_path/'out.ipynb', {**values, **changes},
+                            progress_bar=False, cwd=root)
+        return [pd.read_csv(tmp_path/name) for name in ('baselines_search.csv', 'baselines.csv')]
+    search, table = execute()
+    assert search[['method', 'trial']].values.tolist() == [['vicc', 0], ['coclr', 0], ['vicc', 1], ['coclr', 1]]
+    drawn = search['values'].map(json.loads)
+    assert drawn[0] == drawn[1] == {} and drawn[2]['cross_learning_rate'] == drawn[3]['cross_learning_rate']
+    steps = table[table.encoder == 'flow-2 cycle 1'].set_index('method').steps
+    assert steps.to_dict() == {'vicc': 8, 'coclr': 8, 'flow-alone': 8}  # equal, the control's too
+    again, table_again = execute()
+    assert again.equals(search)  # no trial is run twice
+    assert table_again.drop(columns='seconds').equals(table.drop(columns='seconds'))
+    with pytest.raises(Exception, match='trials of other values'): execute(num_test_videos=9)

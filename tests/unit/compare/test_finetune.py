@@ -15,13 +15,14 @@ from accelerate import Accelerator
 from helpers import Unplugged, unplug
 from vicc.augment import ViewSettings, apply_view, center_crop, draw_view
 from vicc.compare.finetune import (FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, Classifier, LabelledClips, accuracy,
-                                   best_epoch, classify, crop_choices, fuse,
-                                   keep_middle_clips, per_class_accuracy, predict, predictions_table,
+                                   best_epoch, classify, fuse, iter_test_crops,
+                                   keep_middle_clips, predict, predictions_table,
                                    split_validation, train_classifier)
 from vicc.data import TestClips, training_loader
 from vicc.engine.fit import RunConfig, TIMING
 from vicc.evaluation import extract_features
 from vicc.fast.layers import inference_copy
+from vicc.protocols import released_jitter
 from vicc.streams import Stream
 from vicc.video import VideoError, clip_indices, random_clip_start
 
@@ -111,7 +112,7 @@ def test_the_best_epoch_is_kept_and_other_settings_are_refused(store, cpu, tmp_p
     history = train(classifier, config)
     best = history.iloc[history.best_epoch.iloc[-1] - 1]
     assert best.validation_accuracy == history.validation_accuracy.max()
-    probabilities = predict(classifier, validation, 'centre', None, 16)
+    probabilities = predict(classifier, validation, 'centre', None, VIEWS)
     right = accuracy(probabilities, validation.kept_rows().label.to_numpy())
     assert right == pytest.approx(best.validation_accuracy)
     for change, words in (('seed', 'seed was 0, is 1'), ('weight_decay', 'weight_decay was 0.001, is 1')):
@@ -124,7 +125,7 @@ def test_ten_crops_are_the_mean_of_ten_passes_for_each_size(store):
     classifier = new_classifier().eval()
     for stream in ('rgb', 'flow'):
         clips = clips_of(store, store.manifest[:3], stream)
-        answer = predict(classifier, clips, 'ten', 20, 16, batch_size=4)
+        answer = predict(classifier, clips, 'ten', 20, VIEWS, batch_size=4)
         for video, row in enumerate(clips.rows.itertuples()):
             numbers = [number for number, (own, _) in enumerate(clips.clips) if own == video]
             raw = torch.from_numpy(np.stack([clips[number][stream] for number in numbers]))
@@ -138,7 +139,7 @@ def test_ten_crops_are_the_mean_of_ten_passes_for_each_size(store):
                 view = apply_view(raw, choices, ViewSettings(size=16), stream)
                 with torch.no_grad(): by_hand.append(classifier(view).softmax(1).mean(0))
             torch.testing.assert_close(answer[video], torch.stack(by_hand).mean(0), atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match='does not fit'): predict(classifier, clips_of(store), 'ten', 30, 16)
+    with pytest.raises(ValueError, match='does not fit'): predict(classifier, clips_of(store), 'ten', 30, VIEWS)
 
 @pytest.mark.parametrize('stream', ['rgb', 'flow'])
 def test_views_of_a_batch_are_those_of_a_plain_reader(store, stream):
@@ -175,31 +176,73 @@ def test_a_copy_for_inference_gives_the_same_features(store):
     networks = (stream, inference_copy(stream))
     plain, fast = (extract_features(network.features, clips, 16, 20) for network in networks)
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=0)
-    rough = extract_features(inference_copy(stream).features, clips, 16, 20, precision='bf16')
-    assert not torch.equal(rough, fast) and (rough - plain).abs().max() < .02
-    with pytest.raises(KeyError, match='half'):
-        extract_features(stream.features, clips, precision='half')
 
 def test_flow_as_image_keeps_the_sign_of_flipped_flow(store):
     classifier, clips = new_classifier().eval(), clips_of(store, store.manifest[:2], 'flow')
-    def ask(views, flow_as_image): return predict(classifier, clips, views, 20, 16, flow_as_image=flow_as_image)
+    def ask(views, flow_as_image): return predict(classifier, clips, views, 20, replace(VIEWS, flow_as_image=flow_as_image))
     assert not torch.allclose(ask('ten', False), ask('ten', True), atol=1e-6)
     torch.testing.assert_close(ask('five', False), ask('five', True))
 
+def test_a_classifier_sees_flow_as_its_stream_did(store, cpu, tmp_path):
+    config, asked = replace(TINY, epochs=1, milestones=()), {}
+    for channels in ('uv', 'vu'):
+        stream = new_stream()
+        stream.trained_on = stream.trained_on.model_copy(update=dict(flow_channels=channels))
+        asked[channels], _ = classify('x', stream, store, store.manifest[:16],
+                                      clips_of(store, store.manifest[16:], 'flow'), 2, config, tmp_path/channels,
+                                      4, training_views=VIEWS, crop=20, min_frames=5, accelerator=cpu, log=silent)
+    assert not torch.equal(asked['uv'], asked['vu'])
+
 def test_exact_paper_jitters_from_a_seed(store):
     classifier, clips = new_classifier().eval(), clips_of(store)
-    def ask(**options): return predict(classifier, clips, 'centre', 20, 16, **options)
+    def ask(**options): return predict(classifier, clips, 'centre', 20, VIEWS, **options)
     jittered = ask(jitter_seed=5)
     assert torch.equal(jittered, ask(jitter_seed=5)) and not torch.equal(jittered, ask())
     torch.testing.assert_close(jittered, ask(jitter_seed=5, batch_size=7), atol=1e-5, rtol=0)
     assert not torch.allclose(jittered, ask(jitter_seed=6), atol=1e-6)
-    generators = [np.random.default_rng((0, clip)) for clip in range(400)]
-    choices = crop_choices(torch.full((400, 2), 24), 'centre', 20, generators)[0]
-    share = (choices['factors'] != torch.tensor([1., 1, 1, 0])).any(1).float().mean().item()
-    assert .22 < share < .38
-    assert (choices['grey'] == -1).all() and (choices['sigma'] == 0).all() and not choices['flip'].any()
     train, validation = split_validation(store.manifest[:16], replace(TINY, exact_paper=True), store.manifest[16:])
     assert len(train) == 16 and set(validation.video) <= set(store.manifest.video[16:]) and len(validation) == 2
+
+def test_released_jitter_has_the_released_distribution():
+    drawn = [released_jitter(0, video, crop) for video in range(1000) for crop in range(4)]
+    factors = torch.cat([choices['factors'] for choices in drawn])
+    jittered = (factors != torch.tensor([1., 1, 1, 0])).any(1)
+    assert jittered.float().mean().item() == pytest.approx(.3, abs=.03)
+    for column, (low, high) in enumerate([(.8, 1.2)]*3 + [(-.1, .1)]):  # uniform: mean, spread, nothing outside
+        values = factors[jittered, column]
+        assert low <= values.min() < low + .01*(high - low) and high - .01*(high - low) < values.max() <= high
+        assert values.mean().item() == pytest.approx((low + high)/2, abs=.03*(high - low))
+        assert values.std().item() == pytest.approx((high - low)/12**.5, rel=.05)
+    orders = torch.cat([choices['order'] for choices in drawn])[jittered]
+    assert len(orders.unique(dim=0)) == 24
+
+def test_test_jitter_is_drawn_once_for_a_video_and_a_crop(store):
+    clips, settings = clips_of(store, store.manifest[:6]), ViewSettings(size=16)
+    plain = iter_test_crops(clips, 'ten', 20, settings)
+    changed = {}
+    for number, ((view, video), (jittered, _)) in enumerate(
+            zip(plain, iter_test_crops(clips, 'ten', 20, settings, jitter_seed=1))):
+        changed.setdefault(video, []).append(not torch.equal(view, jittered))
+    for video, flags in changed.items():
+        drawn = [not torch.equal(released_jitter(1, video, crop)['factors'], torch.tensor([[1., 1, 1, 0]]))
+                 for crop in range(10)]
+        per_crop = len(flags)//10
+        assert per_crop > 1 and flags == [flag for flag in drawn for _ in range(per_crop)]
+    assert 0 < sum(map(sum, changed.values())) < sum(map(len, changed.values()))/2
+
+def test_a_grid_is_chosen_from_on_training_videos(store, cpu, tmp_path):
+    config = replace(TINY, epochs=2, milestones=(), grid=((1e-9, 0.), (TINY.learning_rate, 1e-3)))
+    def run(config, folder, test_rows=store.manifest[16:]):
+        return classify('x', new_stream(), store, store.manifest[:16], clips_of(store, test_rows), 2, config,
+                        tmp_path/folder, 4, training_views=VIEWS, crop=20, min_frames=5, accelerator=cpu,
+                        log=silent)
+    probabilities, history = run(config, 'grid')
+    singles = [run(replace(config, learning_rate=rate, weight_decay=decay, grid=()), f'{rate}')
+               for rate, decay in config.grid]
+    best = max((0, 1), key=lambda number: singles[number][1].validation_accuracy.max())
+    assert torch.equal(probabilities, singles[best][0]) and history.weight_decay[0] == config.grid[best][1]
+    for wrong in (dict(validation_fraction=0.), dict(exact_paper=True)):
+        with pytest.raises(ValueError, match='held-out training videos'): replace(config, **wrong)
 
 def test_validation_holds_out_whole_groups(store):
     train, held_out = split_validation(store.manifest, TINY)
@@ -252,7 +295,6 @@ def test_config():
 def test_measures():
     probabilities, labels = torch.tensor([[.7, .2, .1], [.1, .5, .4], [.2, .5, .3]]), [0, 1, 2]
     assert accuracy(probabilities, labels) == pytest.approx(2/3) and accuracy(probabilities, labels, 2) == 1
-    assert per_class_accuracy(probabilities, labels).tolist() == [1, 1, 0]
     assert fuse(probabilities, probabilities.flip(1))[0].tolist() == pytest.approx([.4, .2, .4])
     with pytest.raises(ValueError, match='sum to 1'): fuse(torch.ones(2, 3))
 
@@ -276,7 +318,7 @@ def work(rank: int, processes: int, folder: str) -> None:
     classifier = new_classifier(config)
     history = train_classifier('x', classifier, training, validation, config, f'{folder}/{processes}', 20,
                                accelerator, log=silent)
-    probabilities = predict(classifier, clips_of(store), 'five', 20, 16, accelerator=accelerator)
+    probabilities = predict(classifier, clips_of(store), 'five', 20, VIEWS, accelerator=accelerator)
     result = dict(weights=classifier.state_dict(), probabilities=probabilities,
                   history=history.drop(columns=list(TIMING)).to_dict('list'))
     torch.save(result, f'{folder}/{processes}-{rank}.pt')

@@ -16,7 +16,7 @@ from vicc.engine.checkpoint import checkpoint_folders
 from vicc.prepare import Store
 from vicc.trainer import Trainer
 from vicc.streams import Stream
-from vicc.engine.fit import RunConfig, dataset_fingerprint
+from vicc.engine.fit import MetricLogger, RunConfig, dataset_fingerprint
 
 TINY = DEMO.replace(single_epochs_rgb=2, single_epochs_flow=1, cycles=0, single_batch_size=4, num_prototypes=6, projection_dim=8, backbone_options={'width': 4})
 
@@ -73,10 +73,10 @@ def test_the_device_is_not_asked_at_every_step(store, cpu, tmp_path, monkeypatch
     asked = []
     def ask(accelerator, *answers):
         asked.append(len(answers))
-        return [0]*len(answers)
+        return [False]*len(answers)
     monkeypatch.setattr(vicc.engine.fit, 'any_process', ask)
     train(store, cpu, tmp_path, run_config=RunConfig(check_every=3))
-    assert asked == [2, 1, 1]*3  # once after the third of four steps, and at the end of an epoch: before it is saved, and after
+    assert asked == [2, 2]*3  # once after the third of four steps, and at the end of an epoch, before it is saved
 
 def test_a_bad_run_goes_on_with_another_learning_rate_if_that_is_accepted(store, cpu, tmp_path, monkeypatch):
     step, run = Trainer.step, dict(store=store, folder=tmp_path/'run', accelerator=cpu, log=lambda line: None)
@@ -111,7 +111,7 @@ def test_a_stream_without_learning_is_a_collapse(store, cpu, tmp_path, monkeypat
 def test_out_of_memory_names_what_can_be_smaller(store, cpu, tmp_path, monkeypatch):
     def full(self, batch, epoch, metrics): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\nmore')
     monkeypatch.setattr(Trainer, 'step', full)
-    with pytest.raises(ValueError, match=r'batch_size 4 in 2 chunk.*clips of 8 frames and 32² pixels.*raise accumulate.*Tried to allocate 2.00 GiB'): train(store, cpu, tmp_path, replace(SETTINGS, accumulate=2))
+    with pytest.raises(ValueError, match=r'lower batch_size .4., clip_length .8 frames. or view_size .32 pixels., or raise accumulate .2., which.*Tried to allocate 2.00 GiB'): train(store, cpu, tmp_path, replace(SETTINGS, accumulate=2))
 
 def test_log_and_tensorboard(store, cpu, tmp_path):
     pytest.importorskip('tensorboard')
@@ -124,6 +124,22 @@ def test_log_and_tensorboard(store, cpu, tmp_path):
     assert {f'rgb-1/{name}' for name in ('loss', 'ln_k', 'prototypes_in_use', 'assignment_entropy', 'agreement', 'samples_per_second', 'wait')} <= set(scalars) and 'rgb-1/gpu_gib' not in scalars
     assert [event.value for event in events.Scalars('rgb-1/loss')] == pytest.approx(history.loss[:2].tolist()) and [event.step for event in events.Scalars('flow-1/loss')] == [3]
 
+def test_the_curves_go_on_after_a_kill(store, cpu, tmp_path, monkeypatch):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    recipe, real, run = TINY.replace(tensorboard=True, single_epochs_rgb=3), MetricLogger.log, dict(store=store, folder=tmp_path/'run', accelerator=cpu, log=lambda line: None)
+    def killed(self, history):
+        real(self, history)
+        if len(history) == 2: raise KeyboardInterrupt  # the second epoch is written
+    monkeypatch.setattr(MetricLogger, 'log', killed)
+    with pytest.raises(KeyboardInterrupt): alternate(recipe, **run)
+    monkeypatch.undo()
+    history = alternate(recipe, **run)
+    events = EventAccumulator(str(tmp_path/'run'/'tensorboard'))
+    events.Reload()
+    assert [event.step for event in events.Scalars('rgb-1/loss')] == [1, 2, 3]
+    assert [event.value for event in events.Scalars('rgb-1/loss')] == pytest.approx(history.loss[:3].tolist())
+
 def test_wandb_only_if_asked_for(store, cpu, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
     alternate(TINY, store, tmp_path/'without', accelerator=cpu, log=lambda line: None)
@@ -131,7 +147,7 @@ def test_wandb_only_if_asked_for(store, cpu, tmp_path, monkeypatch):
     assert not (tmp_path/'with').exists()
     rows, begun = [], []
     run = types.SimpleNamespace(log=lambda numbers, step: rows.append((step, numbers)), finish=lambda: rows.append('finished'))
-    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=lambda **values: begun.append(values) or run, __spec__=None))
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=lambda **values: begun.append(values) or run, __spec__='there'))
     alternate(TINY.replace(wandb=True), store, tmp_path/'with', accelerator=cpu, log=lambda line: None)
     assert len(begun) == 1 and begun[0]['config']['num_prototypes'] == 6
     assert [row[0] for row in rows[:-1]] == [1, 2, 3] and 'rgb-1/loss' in rows[0][1] and rows[-1] == 'finished'

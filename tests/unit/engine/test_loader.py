@@ -3,8 +3,6 @@ import multiprocessing
 import os
 import shutil
 import time
-import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,19 +132,6 @@ def test_a_file_is_hashed_once_for_all_workers(store, tmp_path, monkeypatch):
     assert frames.verify(name, 'rgb').exists()  # found sound before
     frames = dataset(store).frames
     with pytest.raises(vicc.data.VideoError, match='its checksum is another'): frames.verify(name, 'rgb')
-
-def test_too_little_shared_memory_is_told_before_workers_start(store, monkeypatch):
-    data, free = dataset(store), 2*2*4*48*48*6*3.5  # two workers, two batches of four samples each
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=free))
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        training_loader(data, 4, 0)
-        training_loader(data, 4, 2)
-    with pytest.warns(UserWarning, match='lower workers or batch_size'): loader = training_loader(data, 5, 2)
-    assert len(list(loader.epoch(0))) == 3
-    def missing(path): raise FileNotFoundError(path)
-    monkeypatch.setattr(shutil, 'disk_usage', missing)  # a system that shares memory in another way
-    assert len(training_loader(data, 5, 2)) == 3
 
 def test_going_on_in_mid_epoch_reads_nothing_twice(store, monkeypatch):
     whole, _ = served(store, 0)

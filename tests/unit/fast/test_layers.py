@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from vicc.backbones import create_backbone
-from vicc.bench import repeated_rows, small_store
+from vicc.bench import repeat_videos, small_store
 from vicc.data import TwoStreamDataset, collate, training_loader
 from vicc.engine.fit import warmup
 from vicc.fast.layers import compile_embed, inference_copy, optimize_layers, restore_layers, mark_step
@@ -22,7 +22,7 @@ needs_compiler = pytest.mark.skipif(shutil.which('c++') is None, reason='no C++ 
 @pytest.fixture(scope='module')
 def samples(tmp_path_factory):
     store = small_store(tmp_path_factory.mktemp('fast'), videos=2, height=48, width=64, num_frames=24)
-    dataset = TwoStreamDataset(store, repeated_rows(store, 8), clip_length=8, views=ViewSettings(size=32))
+    dataset = TwoStreamDataset(store, repeat_videos(store, 8), clip_length=8, views=ViewSettings(size=32))
     return dataset, collate([dataset[number] for number in range(8)])
 
 

@@ -54,6 +54,36 @@ def test_kernels_in_the_interpreter():
     assert ran.returncode == 0, ran.stderr
 
 
+COMPILED = '''
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vicc.fast.tvl1 import TILE, iterate_kernel, median_kernel, warp_kernel
+types = dict.fromkeys(('side', 'alive', 'side_next', 'alive_next'), '*i32') | dict(p='*fp16', gradient='*fp16')
+types |= dict.fromkeys(('N', 'H', 'W', 'tiles', 'steps'), 'i32')
+types |= dict.fromkeys(('limit', 'theta', 'step', 'threshold'), 'fp32')
+fixed = TILE | dict(K=5, TILES=256, BLOCK=256)
+cases = [(median_kernel, {}), (warp_kernel, {})]
+cases += [(iterate_kernel, dict(FIRST=first, MEDIAN=median)) for first, median in ((True, True), (False, True), (False, False))]
+for kernel, own in cases:
+    values = fixed | own
+    names = {name: 'constexpr' if name in values else types.get(name, '*fp32') for name in kernel.arg_names}
+    constants = {(number,): values[name] for number, name in enumerate(kernel.arg_names) if name in values}
+    source = ASTSource(fn=kernel, signature=names, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=8, maxnreg=128))
+    print(compiled.asm['ptx'])
+'''
+
+
+def test_kernels_compile_for_a_gpu(tmp_path):
+    "Without one: for an H100."
+    environment = dict(os.environ, TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
+    ran = subprocess.run([sys.executable, '-c', COMPILED], capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
+    if 'ptxas' in ran.stderr: pytest.skip('no assembler beside this Triton')
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count('.visible .entry') == 5 and 'shfl.sync' in ran.stdout
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('size', [(240, 320), (101, 75), (16, 300)])
 def test_triton_and_torch_agree(size):

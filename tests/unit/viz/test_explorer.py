@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from vicc.viz.explorer import (
-    Clip, Entry, class_entries, clip_bytes, explorer_html, prototype_entries, query_entries,
+    Clip, Entry, clip_bytes, explorer_html, prototype_entries, query_entries,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -53,11 +53,10 @@ def evil_clip(number: int) -> Clip:
     return Clip(clip_bytes(frames(), frames()), EVIL, EVIL)
 
 def some_entries() -> list[Entry]:
-    "Two prototypes, two classes and a query of six videos."
+    "Two prototypes and a query of six videos."
     assignments = np.array([[.9, .1], [.2, .8], [.8, .2], [.3, .7], [.6, .4], [.4, .6]])
     labels = np.array([0, 1, 0, 1, 0, 1])
     return [*prototype_entries('rgb-1', assignments, labels, NAMES, 2),
-            *class_entries('rgb-1', assignments, labels, NAMES, 2),
             *query_entries('rgb-1', [5], [[3, 0]], [[.9, .1]], [f'videos/{i}.mp4' for i in range(6)], labels,
                            NAMES, assignments[[5]])]
 
@@ -109,8 +108,8 @@ def test_lists_fold_out_without_a_script():
     tags = Tags(explorer_html(some_entries(), clip_of, NAMES)).found
     assert {tag for tag, _ in tags} == {'p', 'b', 'details', 'summary', 'table', 'tr', 'td', 'img', 'br',
                                         'small'}
-    # three groups, and the first prototype, class and query
-    assert sum('open' in attributes for _, attributes in tags) == 6
+    # two groups, and the first prototype and query
+    assert sum('open' in attributes for _, attributes in tags) == 4
 
 def test_without_labels_nothing_is_said_about_classes():
     assignments, nobody = np.array([[.9, .1], [.2, .8]]), ['no label']
@@ -159,6 +158,5 @@ def test_run_prototypes_from_saved_streams(tmp_path):
     assert 0 < metrics['encoders']['rgb']['purity'] <= 1 and metrics['encoders']['rgb']['K'] == 24
     assert {path.name for path in (tmp_path/'out'/'pictures').glob('*.png')} == {'assignments-rgb.png',
             'tsne-rgb.png', 'montage-rgb-00.png', 'neighbours-rgb.png'}
-    assert EVIL not in (tmp_path/'out'/'report.html').read_text()
     assert not [attributes for _, attributes in Tags((tmp_path/'out'/'explorer.html').read_text()).found
                 if 'onerror' in attributes]

@@ -37,14 +37,14 @@ def hard(chosen, prototypes: int = 3) -> np.ndarray:
 def every_picture():
     "One small picture of each kind."
     labels, soft = np.array([0, 1, 2, 0, 1, 2]), hard([0, 1, 2, 0, 1, 1])
-    yield plots.plot_clips({'RGB': [clip(0), clip(1)], 'flow': [clip(2), clip(3)]}, NAMES[:2], title='two clips')
-    yield plots.plot_training_curves(history(), 'history')
+    yield plots.plot_clips({'RGB': [clip(0), clip(1)], 'flow': [clip(2), clip(3)]}, NAMES[:2])
+    yield plots.plot_training_curves(history())
     yield plots.plot_assignments({'one': soft, 'two': soft}, labels, NAMES)
-    yield plots.plot_prototype_montage([[clip(0), clip(1)], [clip(2)]], [[0, 1], [2]], NAMES, ['p 1', 'p 2'])
-    yield plots.plot_retrieval([clip(0)], [[clip(1), clip(2)]], [0], [[0, 1]], NAMES, [[.9, .8]])
+    yield plots.plot_montage([[clip(0), clip(1)], [clip(2)]], [[0, 1], [2]], NAMES, ['p 1', 'p 2'])
+    yield plots.plot_montage([[clip(0), clip(1), clip(2)]], [[0, 0, 1]], NAMES, similarities=[[.9, .8]])
     yield plots.plot_recall_bars(results(), .1)
     yield plots.plot_confusion(np.eye(3, dtype=int), NAMES)
-    yield plots.plot_class_accuracy({'rgb': [.1, .2, .3]}, NAMES, [1, 2, 3])
+    yield plots.plot_dots(pd.DataFrame({'rgb': [1., 2., 3.]}, index=NAMES), 'right [%]')
 
 
 def test_pictures_leave_settings_and_pyplot_alone():
@@ -96,8 +96,8 @@ def test_wrong_frames_are_refused(frames, message):
 
 def test_every_row_needs_a_clip_and_a_label():
     with pytest.raises(ValueError): plots.plot_clips({'RGB': [clip()]}, NAMES)
-    with pytest.raises(ValueError): plots.plot_retrieval([clip()], [], [1], [], NAMES, [])
-    with pytest.raises(ValueError): plots.plot_retrieval([clip()], [[clip()]], [1], [[1]], NAMES, [[.1, .2]])
+    with pytest.raises(ValueError): plots.plot_montage([[clip(), clip()]], [[1]], NAMES)
+    with pytest.raises(ValueError): plots.plot_montage([[clip(), clip()]], [[1, 1]], NAMES, similarities=[[.1, .2]])
 
 
 def test_time_overlay_shows_order_and_ignores_noise():
@@ -139,10 +139,10 @@ def test_rows_of_the_matrix_sum_to_one(seed):
 
 def test_purity_by_hand():
     #           prototype 0: a a b      prototype 1: b      prototype 2: c c a
-    assert plots.prototype_purity([0, 0, 0, 1, 2, 2, 2], [0, 0, 1, 1, 2, 2, 0]) == 5/7
-    assert plots.prototype_purity([0, 0, 0, 0], [0, 1, 2, 3]) == .25
+    assert plots.prototype_purity([0, 0, 0, 1, 2, 2, 2], [0, 0, 1, 1, 2, 2, 0])[0] == 5/7
+    assert plots.prototype_purity([0, 0, 0, 0], [0, 1, 2, 3]) == (.25, .25)
     one_each = np.arange(50)  # the trap
-    assert plots.prototype_purity(one_each, one_each % 2) == plots.shuffled_purity(one_each, one_each % 2) == 1.
+    assert plots.prototype_purity(one_each, one_each % 2) == (1., 1.)
 
 
 def test_heat_map_axes_and_titles():
@@ -168,7 +168,7 @@ def test_wrong_labels_are_refused(labels):
 
 def test_montage_accepts_ragged_rows_and_still_images():
     still = clip()[0]
-    figure = plots.plot_prototype_montage([[still, still], [still]], [[0, 1], [2]], NAMES, ['p 5', 'p 7'])
+    figure = plots.plot_montage([[still, still], [still]], [[0, 1], [2]], NAMES, ['p 5', 'p 7'])
     assert len(figure.axes) == 4  # no key to time colours where there are no clips
     assert [ax.get_title() for ax in figure.axes] == ['kick', 'hug', 'point', '']
     assert [ax.get_ylabel() for ax in figure.axes[::2]] == ['p 5', 'p 7']
@@ -178,12 +178,12 @@ def test_montage_accepts_ragged_rows_and_still_images():
 
 def test_long_class_names_are_cut_to_their_tile():
     names = ['HandstandPushups'*3]
-    figure = plots.plot_prototype_montage([[clip()[0]]*9], [[0]*9], names, ['p'])
+    figure = plots.plot_montage([[clip()[0]]*9], [[0]*9], names, ['p'])
     assert all(len(ax.get_title()) < 14 and ax.get_title().endswith('…') for ax in figure.axes)
 
 
 def test_retrieval_marks_right_and_wrong():
-    axes = plots.plot_retrieval([clip()], [[clip(1), clip(2)]], [1], [[1, 0]], NAMES, [[.9, .81]]).axes[:3]
+    axes = plots.plot_montage([[clip(), clip(1), clip(2)]], [[1, 1, 0]], NAMES, similarities=[[.9, .81]]).axes[:3]
     assert [ax.get_title() for ax in axes] == ['query: hug', '✓ 0.90 hug', '✗ 0.81 kick']
     frames = [mpl.colors.to_hex(ax.spines['top'].get_edgecolor()) for ax in axes[1:]]
     assert frames == [plots.RIGHT, plots.WRONG]
@@ -207,9 +207,6 @@ def test_tables_fill_gaps_and_print_the_best_in_bold():
                          index=pd.Index(rows, name='stage'))
     page = plots.format_table(table, best=True).to_html()
     assert page.count('bold') == 1 and '–' in page and 'bold' not in plots.format_table(table).to_html()
-    lines = plots.markdown_table(table).splitlines()
-    assert lines[0] == '| stage | R@1 [%] | R@5 [%] |'
-    assert lines[-1] == '| flow-1 | 61.0 | – |'
 
 
 def test_confusion_with_a_class_without_videos():
@@ -221,9 +218,22 @@ def test_confusion_with_a_class_without_videos():
     assert not big.axes[0].get_xticks().size  # ten thousand numbers would not be legible
 
 
-def test_class_accuracy_has_the_best_class_above():
-    figure = plots.plot_class_accuracy({'rgb': [.5, .1, np.nan], 'flow': [.2, .6, np.nan]}, NAMES, [4, 5, 0])
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ['point (0)', 'kick (4)', 'hug (5)']
+def test_dots_stand_in_the_order_of_the_table_with_their_errors():
+    index = pd.MultiIndex.from_tuples([('crop', 112), ('crop', 128), ('clips', 1)])
+    table = pd.DataFrame({'R@1': [30., 32., np.nan], 'rgb': [20., 25., 10.]}, index=index)
+    errors = pd.DataFrame({'R@1': [2., 1., np.nan], 'rgb': [np.nan, np.nan, 1.]}, index=index)
+    ax = plots.plot_dots(table, 'R@1 [%]', errors, ('chance', 10.)).axes[0]
+    labels = {tick: text.get_text() for tick, text in zip(ax.get_yticks(), ax.get_yticklabels())}
+    assert labels == {2: 'crop = 112', 1: 'crop = 128', 0: 'clips = 1'}  # the first row above
+    for (line, _, (bars,)), name in zip(ax.containers, table):
+        np.testing.assert_equal(line.get_xydata(), np.transpose([table[name], [2, 1, 0]]))
+        drawn = {int(ends[0, 1]): ends[:, 0] for ends in bars.get_segments() if len(ends)}
+        for row, (value, half) in enumerate(zip(table[name], errors[name])):
+            if np.isfinite(value + half): np.testing.assert_allclose(drawn[2 - row], [value - half, value + half])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ['chance', 'R@1', 'rgb']
+    assert mpl.colors.to_hex(ax.containers[1][0].get_color()) == plots.STREAM_COLOURS['rgb']
+    lines = [line.get_ydata()[0] for line in ax.lines if len(set(line.get_ydata())) == 1 and list(line.get_xdata()) == [0, 1]]
+    assert lines == [.5]  # between the switches
 
 
 # ── files, notebooks
