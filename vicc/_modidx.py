@@ -597,6 +597,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'vicc.prepare.describe_stored': ('datasets/prepare.html#describe_stored', 'vicc/prepare.py'),
                               'vicc.prepare.finalize_store': ('datasets/prepare.html#finalize_store', 'vicc/prepare.py'),
                               'vicc.prepare.flow_blocks': ('datasets/prepare.html#flow_blocks', 'vicc/prepare.py'),
+                              'vicc.prepare.flow_made_by': ('datasets/prepare.html#flow_made_by', 'vicc/prepare.py'),
                               'vicc.prepare.flow_pictures': ('datasets/prepare.html#flow_pictures', 'vicc/prepare.py'),
                               'vicc.prepare.gather_shards': ('datasets/prepare.html#gather_shards', 'vicc/prepare.py'),
                               'vicc.prepare.gpu_of_worker': ('datasets/prepare.html#gpu_of_worker', 'vicc/prepare.py'),

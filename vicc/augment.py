@@ -48,8 +48,8 @@ class ViewSettings:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'{name}={getattr(self, name)}: give a value in 0 to 1')
         if self.flow_channels not in ('uv', 'vu') or self.size < 1:
-            raise ValueError(f"flow_channels={self.flow_channels}, size={self.size}: give 'uv' or 'vu', and a size "
-                             'of at least 1 pixel')
+            raise ValueError(f"flow_channels={self.flow_channels}, size={self.size}: "
+                             "give 'uv' or 'vu', and a size of at least 1 pixel")
 
 # %% ../nbs/03_augment.ipynb #5f0b977d
 def choose_box(
@@ -148,9 +148,9 @@ def apply_view(
     "Make one view of a batch of clips, all frames alike. Raises ValueError for clips of another kind."
     channels = {'rgb': 3, 'flow': 2}.get(stream)
     if clips.dtype != torch.uint8 or clips.shape[-1] != channels:
-        raise ValueError(f"{stream} clips must be uint8 [B, T, H, W, C], C = 3 for stream='rgb', 2 for 'flow', "
-                         f'not {clips.dtype} {list(clips.shape)}. Values are bytes, 0–255: floats of 0–1 become '
-                         'bytes by (clips*255).round().to(torch.uint8)')
+        raise ValueError(f"{stream} clips must be uint8 [B, T, H, W, C], C = 3 for stream='rgb', "
+                         f"2 for 'flow', not {clips.dtype} {list(clips.shape)}. Values are bytes, 0–255: "
+                         'floats of 0–1 become bytes by (clips*255).round().to(torch.uint8)')
     with torch.autocast(clips.device.type, enabled=False):  # bfloat16 does not hold 255 grey levels
         images = crop_resize(clips, view['box'], view['flip'], settings.size)
         if stream == 'flow': images = flow_images(images, view['flip'], negate=not settings.flow_as_image)

@@ -244,7 +244,8 @@ def bench_evaluation(config: BenchConfig) -> Iterator[dict[str, Any]]: # clips/s
     clips = TestClips(config.store, rows, clip_length=recipe.clip_length, cache_gib=0)
     encoder = inference_copy(new_streams(recipe)['rgb'].to(device).eval()).features
     kinds = dict(fp16=torch.float16, bf16=torch.bfloat16)
-    if recipe.mixed_precision in kinds: encoder = torch.autocast(device, kinds[recipe.mixed_precision])(encoder)
+    if recipe.mixed_precision in kinds:
+        encoder = torch.autocast(device, kinds[recipe.mixed_precision])(encoder)
     work = partial(extract_features, encoder, clips, recipe.view_size, None, recipe.cross_batch_size, device,
                    workers)
     seconds, times = measure(work, config.repeats, device=device)
@@ -307,7 +308,8 @@ def command_parser() -> CommandParser:
     option('--repeats', type=int, default=3, help='calls that count, of each measurement')
     option('--seconds', type=float, default=20., help='for the steps of two epochs; the second counts')
     option('--pairs', type=int, default=16, help='of frames in one call of flow')
-    option('--num-videos', type=int, default=UCF101_COUNTS[1]['train'], help='to train on, for the hours it takes')
+    option('--num-videos', type=int, default=UCF101_COUNTS[1]['train'],
+           help='to train on, for the hours it takes')
     option('--output', type=Path, metavar='FILE', help='JSON for the machine and all rows')
     parser.add_argument('--no-graphs', dest='graphs', action='store_false', help='record no CUDA graphs')
     return parser

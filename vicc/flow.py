@@ -120,8 +120,9 @@ def choose_backend(
         return 'triton' if kind == 'cuda' and HAS_TRITON else 'torch'
     runs = {'opencv': kind == 'cpu', 'torch': True, 'triton': HAS_TRITON and (kind == 'cuda' or INTERPRETED)}
     if runs.get(backend): return backend
-    raise ValueError(f"backend '{backend}' does not compute on {device} here: 'opencv' needs the CPU, 'triton' "
-                     "a CUDA device and the package triton; 'torch' runs on any device, 'auto' chooses")
+    raise ValueError(f"backend '{backend}' does not compute on {device} here: 'opencv' needs the CPU, "
+                     "'triton' a CUDA device and the package triton; 'torch' runs on any device, "
+                     "'auto' chooses")
 
 def tvl1(
     previous: np.ndarray | Tensor,  # uint8 [N, H, W] grey frames

@@ -140,7 +140,8 @@ def read_table(
     for row, cells in rows.items():
         if len(cells) != len(header):
             cure = f'fill in cells that are missing, close quotes, and separate cells by {separator!r}'
-            if len(cells) > len(header): cure = f'quote a name that holds a {separator!r}, or correct the header'
+            if len(cells) > len(header):
+                cure = f'quote a name that holds a {separator!r}, or correct the header'
             raise ValueError(f'{path}: row {row}: has {len(cells)} cells, the header '
                              f'{short_repr(separator.join(header))} has {len(header)}: {cure}')
     cells = pd.DataFrame(list(rows.values()), [row - 2 for row in rows], range(len(header)), dtype=object)

@@ -7,8 +7,8 @@ __all__ = ['PRESETS', 'STREAMS', 'FLOW_LAYOUTS', 'METADATA_COLUMNS', 'CHECKSUM_C
            'note_timing', 'stored_frames', 'unstack_flow', 'flow_pictures', 'import_flow', 'flow_blocks',
            'stored_paths', 'describe_stored', 'describe_source', 'gpu_of_worker', 'make_video', 'prepare_video',
            'prepare_task', 'read_record', 'read_checksums', 'label_remark', 'Store', 'package_version', 'init_store',
-           'choose_device', 'available_cpus', 'source_replaced', 'already_prepared', 'check_rows', 'run_tasks',
-           'gather_shards', 'write_report', 'finalize_store', 'prepare', 'shard_from_environment', 'main']
+           'choose_device', 'flow_made_by', 'available_cpus', 'source_replaced', 'already_prepared', 'check_rows',
+           'run_tasks', 'gather_shards', 'write_report', 'finalize_store', 'prepare', 'shard_from_environment', 'main']
 
 # %% ../nbs/datasets/prepare.ipynb #38004f08
 import errno
@@ -73,7 +73,8 @@ class PrepareSettings:
                 right, wanted = number and value >= least[name], f'a number of at least {least[name]:g}'
             if not right: raise ValueError(f'{name}={short_repr(value)} is not {wanted}')
         if self.fps and (not 1 <= self.fps <= 240 or self.flow_method == 'imported'):
-            raise ValueError(f'fps={self.fps} is not from 1 to 240 (0 keeps every frame; imported flow needs 0)')
+            raise ValueError(f'fps={self.fps} is not from 1 to 240 '
+                             '(0 keeps every frame; imported flow needs 0)')
 
     def record(self) -> dict[str, Any]:
         "The settings as settings.json holds them: the later ones, which older stores lack, only if used."
@@ -103,11 +104,13 @@ def note_timing(
         known = [time for time in times if time is not None]
         steps = np.diff(known)
         if len(steps) and steps.min() > 0:  # old containers: times do not grow
-            uneven, end = int((np.abs(steps - np.median(steps)) > 0.5*np.median(steps)).sum()), known[-1] + steps[-1]
+            uneven = int((np.abs(steps - np.median(steps)) > 0.5*np.median(steps)).sum())
+            end = known[-1] + steps[-1]
             if end < 0.9*seconds:
-                notes.append(f'ends after {end:.3g} s, {len(times)} of about {len(times)*seconds/end:.0f} frames: '
-                             f'the file announces {seconds:.3g} s')
-            if uneven and not settings.fps: notes.append(f'{uneven} of {len(times)} frames come at uneven times')
+                notes.append(f'ends after {end:.3g} s, {len(times)} of about '
+                             f'{len(times)*seconds/end:.0f} frames: the file announces {seconds:.3g} s')
+            if uneven and not settings.fps:
+                notes.append(f'{uneven} of {len(times)} frames come at uneven times')
         done = ', and their missing lines filled in' if settings.deinterlace else ''
         if interlaced: notes.append(f'{interlaced} of {len(times)} frames are interlaced{done}')
 
@@ -284,7 +287,8 @@ def make_video(
         if info.num_frames > video.count + 2 and not told:
             notes.append(f'{info.num_frames} frames are announced, {video.count} decode')
         if np.mean(clipped) > 0.1:
-            notes.append(f'{np.mean(clipped):.0%} of the flow is clipped at flow_bound={settings.flow_bound:g}')
+            notes.append(f'{np.mean(clipped):.0%} of the flow is clipped at '
+                         f'flow_bound={settings.flow_bound:g}')
         note.unlink(missing_ok=True)
         if not notes: return
         with disk_errors(note): note.parent.mkdir(parents=True, exist_ok=True)
@@ -334,7 +338,7 @@ def read_record(
 
 def read_checksums(
     store: Path,  # the store's folder
-) -> dict[str, dict[str, Any]]:  # video → its CHECKSUM_COLUMNS, and SOURCE if it is known; {}: none were written
+) -> dict[str, dict[str, Any]]:  # video → its CHECKSUM_COLUMNS, and SOURCE if known; {}: none written
     "Read checksums.csv. Raises ValueError if it is damaged."
     file = store/'checksums.csv'
     if not file.is_file(): return {}
@@ -404,7 +408,8 @@ class Store:
         "Rows of a manifest that are in this store. Warns of those it lacks; many raise a ValueError."
         if manifest is None: return self.manifest
         stored = self.manifest.set_index('video')
-        rows = manifest[manifest.video.isin(stored.index)].drop(columns=list(METADATA_COLUMNS), errors='ignore')
+        rows = manifest[manifest.video.isin(stored.index)]
+        rows = rows.drop(columns=list(METADATA_COLUMNS), errors='ignore')
         missing = manifest.video[~manifest.video.isin(stored.index)].tolist()
         lack = (f'{len(missing)} of {len(manifest)} videos of the manifest are not in the store {self.path}, '
                 f'such as {", ".join(missing[:3])}')
@@ -476,6 +481,18 @@ def choose_device(
     if device == 'cuda' and method == 'tvl1': reason = 'PyTorch finds no GPU here'
     raise ValueError(f"device='{device}' cannot compute flow_method='{method}' ({reason}): use device='auto'")
 
+def flow_made_by(
+    settings: PrepareSettings,  # its flow_method counts
+    device: str,  # 'cpu' or 'cuda'
+    flow_from: str | os.PathLike | None = None,  # folder of ready-made flow pictures
+) -> str:  # for the store's record: such as 'opencv on cpu', 'triton on cuda' or 'imported'
+    "What makes the flow of new videos. Raises FileNotFoundError for imported flow without its folder."
+    if settings.flow_method in METHODS:
+        backend = choose_backend('auto', device) if settings.flow_method == 'tvl1' else 'opencv'
+        return f'{backend} on {device}'
+    if flow_from and Path(flow_from).is_dir(): return 'imported'
+    raise FileNotFoundError(f'flow_from={flow_from} is no folder of flow pictures: name one')
+
 def available_cpus() -> int:
     "Cores that this process may use; its share if torchrun or accelerate started several here."
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -501,7 +518,8 @@ def already_prepared(
 ) -> dict[str, dict[str, Any]]:  # video → what prepare_video returns
     "Videos that an earlier run has finished: files of the size in checksums.csv, and not younger than it."
     if not known: return {}
-    metadata = earlier.set_index('video').reindex(columns=[*METADATA_COLUMNS, 'note'], fill_value='').to_dict('index')
+    columns = [*METADATA_COLUMNS, 'note']
+    metadata = earlier.set_index('video').reindex(columns=columns, fill_value='').to_dict('index')
     checked_at, done = (store/'checksums.csv').stat().st_mtime_ns, {}
     for video in metadata.keys() & known.keys():
         try: states = [file.stat() for file in stored_paths(store, video)[:2]]
@@ -636,11 +654,8 @@ def prepare(
     missing = rows[~rows.video.isin(done)]
     set_aside = require_videos(missing, videos, follow_links, int(max_failed*len(rows)))
     set_aside |= check_rows(rows, earlier)
-    backend = choose_backend('auto', device) if settings.flow_method == 'tvl1' else 'opencv'
-    made_by = f'{backend} on {device}' if settings.flow_method in METHODS else 'imported'
-    if made_by == 'imported' and len(missing) and not (flow_from and Path(flow_from).is_dir()):
-        raise FileNotFoundError(f'flow_from={flow_from} is no folder of flow pictures: name one')
-    init_store(store, settings, made_by if len(missing) else None)
+    made_by = flow_made_by(settings, device, flow_from) if len(missing) else None
+    init_store(store, settings, made_by)
     if not len(missing) and not os.access(store, os.W_OK): return Store(store)  # on a read-only disk
     remove_partial_files(store)
     start, mine = time.monotonic(), rows.video[shard::num_shards]

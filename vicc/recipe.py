@@ -230,13 +230,14 @@ class Recipe(RunConfig, frozen=True, extra='forbid', allow_inf_nan=False):
         "Raises ValueError for a store that was made with other settings."
         settings = store.settings, self.prepare_settings(), PrepareSettings()
         stored, wanted, usual = map(asdict, settings)
-        different = [f'{name} is {stored[name]}, not {wanted[name]}'
-                     for name in ('short_side', 'flow_method', 'flow_bound', 'fps') if stored[name] != wanted[name]]
+        names = 'short_side', 'flow_method', 'flow_bound', 'fps'
+        different = [f'{name} is {stored[name]}, not {wanted[name]}' for name in names
+                     if stored[name] != wanted[name]]
         flags = ' '.join(f'--{name.replace("_", "-")} {value}' for name, value in wanted.items()
                          if value != usual[name])
         if different:
-            raise ValueError(f'{store.path} was made with other settings ({"; ".join(different)}): prepare a store '
-                             f'with this recipe: vicc prepare … {flags}')
+            raise ValueError(f'{store.path} was made with other settings ({"; ".join(different)}): '
+                             f'prepare a store with this recipe: vicc prepare … {flags}')
 
 def explain_validation_errors(
     error: ValidationError,  # of a Recipe, or of a config

@@ -61,9 +61,9 @@ class Stream(nn.Module, PyTorchModelHubMixin, library_name='vicc',
         self.num_features = getattr(backbone, 'num_features', 0)  # F, the length of a feature
         if self.num_features < 1 or num_prototypes < 2 or projection_dim < 1:
             raise ValueError(f'{type(backbone).__name__} has num_features={self.num_features}, '
-                             f'num_prototypes={num_prototypes}, projection_dim={projection_dim}: a backbone needs '
-                             '.num_features = F, the length of what it returns, [B, F]; a stream needs 2 prototypes '
-                             'or more, and a projection')
+                             f'num_prototypes={num_prototypes}, projection_dim={projection_dim}: '
+                             'a backbone needs .num_features = F, the length of what it returns, [B, F]; '
+                             'a stream needs 2 prototypes or more, and a projection')
         self.backbone = backbone
         self.head = ProjectionHead(self.num_features, projection_dim)
         self.prototypes = Prototypes(num_prototypes, projection_dim)
@@ -85,8 +85,9 @@ class Stream(nn.Module, PyTorchModelHubMixin, library_name='vicc',
         "Compute features, which evaluation uses: backbone and average pool, without the head."
         features = self.backbone(clips)
         if features.ndim != 2 or features.shape[1] != self.backbone.num_features:
-            raise ValueError(f'{type(self.backbone).__name__} must return [B, F], where F is its num_features, '
-                             f'{self.backbone.num_features}, and not {list(features.shape)}: average over T, H and W')
+            raise ValueError(f'{type(self.backbone).__name__} must return [B, F], where F is its '
+                             f'num_features, {self.backbone.num_features}, and not {list(features.shape)}: '
+                             'average over T, H and W')
         return features
 
     def embed(self,

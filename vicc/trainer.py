@@ -202,7 +202,7 @@ class Trainer:
         prototypes.normalize_()  # rows of C back on the sphere
         queue = self.queue if epoch >= settings.queue_start_epoch else None
         with self.accelerator.autocast():
-            teacher = self.embed_teacher(batch, epoch, metrics.steps)  # z of the frozen stream, if there is one
+            teacher = self.embed_teacher(batch, epoch, metrics.steps)  # z of the frozen stream, if any
             views = self.views(batch, self.name)
         if settings.accumulate > 1:
             loss, assignments, projections = self.accumulate_gradients(views, teacher, queue)

@@ -144,8 +144,8 @@ def open_video(
             video = container.streams.best('video')  # as players choose: no cover picture, no preview
             context = video and video.codec_context
             if context is None or context.width*context.height > MAX_PIXELS:
-                problem = (f'no video stream that this FFmpeg knows, of at most {MAX_PIXELS} pixels: convert it, or '
-                           'leave it out')
+                problem = (f'no video stream that this FFmpeg knows, of at most {MAX_PIXELS} pixels: '
+                           'convert it, or leave it out')
                 if not video and container.streams.audio: problem = 'sound only: leave it out'
                 raise VideoError(f'{path} holds {problem}')
             context.options = {'max_pixels': str(MAX_PIXELS)}  # for those that change size later
@@ -153,7 +153,8 @@ def open_video(
     except av.FFmpegError as error:
         cure = 'Fetch or convert the file again, or leave it out'
         if error.errno == errno.EINVAL:  # FFmpeg's answer to a container that is not in FORMATS
-            cure = f'If it is whole, its container is none of {", ".join(FORMATS)}: convert it, or leave it out'
+            cure = (f'If it is whole, its container is none of {", ".join(FORMATS)}: '
+                    'convert it, or leave it out')
         raise VideoError(f'{path} ({path.stat().st_size} bytes) cannot be decoded: {error.strerror}. '
                          f'{cure}') from error
 
@@ -227,7 +228,7 @@ def to_rgb(
     picture: av.VideoFrame,  # a decoded frame
 ) -> np.ndarray:  # uint8 [H, W, 3], upright
     "The pixels of a decoded frame, turned and mirrored as the file says."
-    kind = f'{picture.format.name}, range {picture.color_range}'  # PyAV 14 keeps the range of the first picture
+    kind = f'{picture.format.name}, range {picture.color_range}'  # PyAV 14 keeps the first range it meets
     converter = CONVERTERS.__dict__.setdefault(kind, VideoReformatter())
     pixels = converter.reformat(picture, format='rgb24').to_ndarray()
     matrix = picture.side_data.get(SideDataType.DISPLAYMATRIX)
@@ -387,7 +388,7 @@ def read_with_decord(
     "Frames by decord, whose jumps are right in short closed groups. Raises what `read_frames` raises."
     if decord is None or np.min(indices) < 0: return read_frames(path, indices)
     try: return decord.VideoReader(os.fspath(path), num_threads=1).get_batch(indices).asnumpy()
-    except (decord.DECORDError, RuntimeError, IndexError): return read_frames(path, indices)  # says what is wrong
+    except (decord.DECORDError, RuntimeError, IndexError): return read_frames(path, indices)  # tells why
 
 # %% ../nbs/datasets/video.ipynb #3a1ad019
 def clip_indices(
