@@ -113,7 +113,8 @@ def alternate(
                 metric_logger.history.append(read_history(own_folder/'history.csv'))
                 shutil.rmtree(own_folder/'checkpoints', ignore_errors=True)  # a kill left them
                 continue
-            with disk_errors(own_folder): own_folder.mkdir(exist_ok=True)  # no parent: the disk is gone
+            if accelerator.is_main_process:
+                with disk_errors(own_folder): own_folder.mkdir(exist_ok=True)  # no parent: the disk is gone
             other = STREAMS[1 - STREAMS.index(name)]
             teacher = streams[other] if stage.cycle and method.uses_teacher else None
             streams[name].requires_grad_(True)

@@ -165,7 +165,9 @@ def evaluate_files(
     remarks += evaluation_remarks(*next(iter(clips.values())), ks)
     for name, stream in loaded.items():
         wanted = TrainedOn(**recipe.trained_on(name) | dict(flow_channels=stream.trained_on.flow_channels))
-        if stream.trained_on.modality and stream.trained_on != wanted:
+        if not stream.trained_on.modality:
+            remarks.append(f'{paths[name]} does not say whether it saw RGB or flow: it is given {name}')
+        elif stream.trained_on != wanted:
             remarks.append(f'{name} was trained on other clips ({stream.trained_on}) than the recipe has '
                            f'({wanted})')
     for remark in remarks: print(f'note: {remark}')

@@ -92,7 +92,10 @@ def check_manifest(
     Raises ValueError naming row and column of the first mistake."""
     if manifest.empty or 'video' not in manifest:
         names = ', '.join(map(str, manifest.columns))[:200]
-        problem = f'there is no column video (but {names}): name the column of paths so'
+        cased = [f'{name} as {name.lower()}' for name in map(str, manifest.columns)
+                 if name != name.lower() and name.lower() in COLUMNS]
+        cure = f'write {", ".join(cased)}' if cased else 'name the column of paths so, in the first row'
+        problem = f'there is no column video (but {names}): {cure}'
         raise ValueError(f'{where}: ' + ('has no rows: add videos' if 'video' in manifest else problem))
     given = manifest
     if not pd.api.types.is_integer_dtype(given.index): given = given.reset_index(drop=True)

@@ -236,8 +236,12 @@ class Recipe(RunConfig, frozen=True, extra='forbid', allow_inf_nan=False):
         flags = ' '.join(f'--{name.replace("_", "-")} {value}' for name, value in wanted.items()
                          if value != usual[name])
         if different:
-            raise ValueError(f'{store.path} was made with other settings ({"; ".join(different)}): '
-                             f'prepare a store with this recipe: vicc prepare … {flags}')
+            keys = {'fps': 'store_fps'}
+            values = ' '.join(f'{keys.get(name, name)}={stored[name]}' for name in names
+                              if stored[name] != wanted[name])
+            raise ValueError(f'{store.path} was made with other settings ({"; ".join(different)}): prepare '
+                             f'another folder with this recipe (vicc prepare … {flags}), or train on this store '
+                             f'as it is (--set {values})')
 
 def explain_validation_errors(
     error: ValidationError,  # of a Recipe, or of a config

@@ -247,7 +247,7 @@ def split_released(
         names = short_repr(unknown or list(state), 200)
         raise ValueError(f'{path} is no file of ViCC or CoCLR: the names of its {len(state)} tensors should '
                          f'begin with encoder_q., second., sampler. or backbone., but there are {names}. '
-                         'A stream of vicc is read by load_stream, or Stream.load_state_dict')
+                         'Weights of a stream of vicc go into Stream(…).load_state_dict, its folder into load_stream')
     return groups, dict(ignored)
 
 # %% ../nbs/engine/streams.ipynb #4d3d5573

@@ -86,7 +86,7 @@ def test_a_preparation_that_was_killed_goes_on(shapes, tmp_path):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else '')
 def test_store_of_another_recipe(store, demo, tmp_path, change, message):
     recipe = Recipe.read(demo, **change)
-    with pytest.raises(ValueError, match=rf'made with other settings \({message}\): prepare a store with this recipe: vicc prepare … --short-side {recipe.short_side} --flow-method {recipe.flow_method}'):
+    with pytest.raises(ValueError, match=rf'made with other settings \({message}\): prepare another folder with this recipe \(vicc prepare … --short-side {recipe.short_side} --flow-method {recipe.flow_method}'):
         alternate(recipe, store, tmp_path/'run')
     assert not (tmp_path/'run').exists()
     Recipe.read(demo).check_store(store)  # and the right one passes
