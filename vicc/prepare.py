@@ -82,6 +82,16 @@ class PrepareSettings:
         return {name: value for name, value in asdict(self).items() if value or name not in later}
 
     @property
+    def flags(self) -> str:  # such as '--short-side 64'
+        "What `vicc prepare` must be given for these settings."
+        usual, words = asdict(PrepareSettings()), []
+        for name, value in asdict(self).items():
+            if value == usual[name]: continue
+            words.append('--' + name.replace('_', '-'))
+            if value is not True: words.append(str(value))
+        return ' '.join(words)
+
+    @property
     def hash(self) -> str:  # 12 hexadecimal digits
         "The same for the same settings; stands for the store wherever results are cached."
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:12]
@@ -286,7 +296,7 @@ def make_video(
         told = settings.fps or any('damaged' in line for line in notes)
         if info.num_frames > video.count + 2 and not told:
             notes.append(f'{info.num_frames} frames are announced, {video.count} decode')
-        if np.mean(clipped) > 0.1:
+        if np.mean(clipped) > 0.25:
             notes.append(f'{np.mean(clipped):.0%} of the flow is clipped at '
                          f'flow_bound={settings.flow_bound:g}')
         note.unlink(missing_ok=True)
@@ -414,7 +424,8 @@ class Store:
         lack = (f'{len(missing)} of {len(manifest)} videos of the manifest are not in the store {self.path}, '
                 f'such as {", ".join(missing[:3])}')
         if rows.empty or len(missing) > max_failed*len(manifest):
-            raise ValueError(f'{lack}: prepare them first, or take them out of the manifest')
+            raise ValueError(f'{lack}: prepare them first (vicc prepare … {self.path} '
+                             f'{self.settings.flags}), or take them out of the manifest')
         if missing: warnings.warn(f'{lack}: they are left out', stacklevel=2)
         rows = rows.join(stored[list(METADATA_COLUMNS)], on='video').reset_index(drop=True)
         if remark := label_remark(rows, stored): warnings.warn(remark, stacklevel=2)

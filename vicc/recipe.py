@@ -228,20 +228,18 @@ class Recipe(RunConfig, frozen=True, extra='forbid', allow_inf_nan=False):
 
     def check_store(self, store: Store) -> None:
         "Raises ValueError for a store that was made with other settings."
-        settings = store.settings, self.prepare_settings(), PrepareSettings()
-        stored, wanted, usual = map(asdict, settings)
+        stored, wanted = asdict(store.settings), asdict(self.prepare_settings())
         names = 'short_side', 'flow_method', 'flow_bound', 'fps'
         different = [f'{name} is {stored[name]}, not {wanted[name]}' for name in names
                      if stored[name] != wanted[name]]
-        flags = ' '.join(f'--{name.replace("_", "-")} {value}' for name, value in wanted.items()
-                         if value != usual[name])
         if different:
             keys = {'fps': 'store_fps'}
             values = ' '.join(f'{keys.get(name, name)}={stored[name]}' for name in names
                               if stored[name] != wanted[name])
             raise ValueError(f'{store.path} was made with other settings ({"; ".join(different)}): prepare '
-                             f'another folder with this recipe (vicc prepare … {flags}), or train on this store '
-                             f'as it is (--set {values})')
+                             'another folder with this recipe (vicc prepare … '
+                             f'{self.prepare_settings().flags}), or train on this store as it is '
+                             f'(--set {values})')
 
 def explain_validation_errors(
     error: ValidationError,  # of a Recipe, or of a config

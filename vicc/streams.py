@@ -58,8 +58,8 @@ class Stream(nn.Module, PyTorchModelHubMixin, library_name='vicc',
         super().__init__()
         self.trained_on = TrainedOn(**(trained_on or {}))
         if isinstance(backbone, str): backbone = create_backbone(backbone, **(backbone_options or {}))
-        self.num_features = getattr(backbone, 'num_features', 0)  # F, the length of a feature
-        if self.num_features < 1 or num_prototypes < 2 or projection_dim < 1:
+        self.num_features = getattr(backbone, 'num_features', None)  # F, the length of a feature
+        if not self.num_features or num_prototypes < 2 or projection_dim < 1:
             raise ValueError(f'{type(backbone).__name__} has num_features={self.num_features}, '
                              f'num_prototypes={num_prototypes}, projection_dim={projection_dim}: '
                              'a backbone needs .num_features = F, the length of what it returns, [B, F]; '
@@ -247,7 +247,9 @@ def split_released(
         names = short_repr(unknown or list(state), 200)
         raise ValueError(f'{path} is no file of ViCC or CoCLR: the names of its {len(state)} tensors should '
                          f'begin with encoder_q., second., sampler. or backbone., but there are {names}. '
-                         'Weights of a stream of vicc go into Stream(…).load_state_dict, its folder into load_stream')
+                         'Weights of a stream of vicc go into Stream(backbone, num_prototypes, projection_dim, '
+                         'backbone_options).load_state_dict, with the values of its recipe; its folder into '
+                         'load_stream')
     return groups, dict(ignored)
 
 # %% ../nbs/engine/streams.ipynb #4d3d5573

@@ -154,7 +154,7 @@ def open_video(
         cure = 'Fetch or convert the file again, or leave it out'
         if error.errno == errno.EINVAL:  # FFmpeg's answer to a container that is not in FORMATS
             cure = (f'If it is whole, its container is none of {", ".join(FORMATS)}: '
-                    'convert it, or leave it out')
+                    'convert a film; leave out sound and pictures')
         raise VideoError(f'{path} ({path.stat().st_size} bytes) cannot be decoded: {error.strerror}. '
                          f'{cure}') from error
 

@@ -327,7 +327,7 @@ def test_the_stream_is_saved_and_loaded_like_any_other(r21d, write, tmp_path):
 
 def test_a_network_of_yours_must_tell_its_width_and_keep_it():
     network = torch.nn.Conv3d(3, 8, 1)
-    with pytest.raises(ValueError, match=r'Conv3d has num_features=0, .*: a backbone needs .num_features = F'): Stream(network)
+    with pytest.raises(ValueError, match=r'Conv3d has num_features=None, .*: a backbone needs .num_features = F'): Stream(network)
     network.num_features = 8
     with pytest.raises(ValueError, match=r'Conv3d must return \[B, F\], where F is its num_features, 8, and not \[2, 8, 4, 6, 6\]'):
         Stream(network)(torch.zeros(2, 3, 4, 6, 6))
