@@ -579,6 +579,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'vicc.prepare': { 'vicc.prepare.PrepareSettings': ('datasets/prepare.html#preparesettings', 'vicc/prepare.py'),
                               'vicc.prepare.PrepareSettings.__post_init__': ( 'datasets/prepare.html#preparesettings.__post_init__',
                                                                               'vicc/prepare.py'),
+                              'vicc.prepare.PrepareSettings.differences': ( 'datasets/prepare.html#preparesettings.differences',
+                                                                            'vicc/prepare.py'),
                               'vicc.prepare.PrepareSettings.flags': ('datasets/prepare.html#preparesettings.flags', 'vicc/prepare.py'),
                               'vicc.prepare.PrepareSettings.hash': ('datasets/prepare.html#preparesettings.hash', 'vicc/prepare.py'),
                               'vicc.prepare.PrepareSettings.record': ('datasets/prepare.html#preparesettings.record', 'vicc/prepare.py'),

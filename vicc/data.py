@@ -21,7 +21,7 @@ from .augment import draw_pair, ViewSettings
 from .engine.io import file_digest
 from .engine.loader import EpochBatchSampler, EpochLoader
 from .fast.planes import Box, pack_clips, RawClip, read_planes
-from .prepare import read_checksums, Store, STREAMS, unstack_flow
+from .prepare import read_checksums, Store, STREAMS
 from vicc.video import (
     clip_indices, open_container, random_clip_start, read_frames, read_with_decord, require_file,
     test_clip_indices, VideoError,
@@ -95,10 +95,9 @@ class FrameReader:
         top, left, height, width = box or (0, 0, *self.shapes[video][1:])
         rows, columns = slice(top, top + height), slice(left, left + width)
         if self.cache is None:
-            file = self.verify(video, stream)
-            if (video, stream) not in self.numbers: frames = read_frames(file, indices)  # an older store
-            else: frames = read_with_decord(file, indices)
-            return (unstack_flow(frames) if stream == 'flow' else frames)[:, rows, columns]
+            self.verify(video, stream)  # a store without checksums: not known to be whole
+            reader = read_with_decord if (video, stream) in self.numbers else read_frames
+            return self.store.read(video, stream, indices, reader)[:, rows, columns]
         if (video, stream) not in self.cache: self.cache[video, stream] = self.read_video(video, stream)
         return self.cache[video, stream][indices, rows, columns]
 

@@ -43,7 +43,7 @@ from vicc.manifests import (
     require_videos, write_manifest,
 )
 from vicc.video import (
-    decoded_frames, deinterlace, probe, read_frames, resample, to_rgb, VideoError, VideoWriter,
+    decoded_frames, deinterlace, probe, read_frames, resample, to_rgb, VideoError, VideoInfo, VideoWriter,
 )
 
 # %% ../nbs/datasets/prepare.ipynb #e58a7ad5
@@ -80,6 +80,12 @@ class PrepareSettings:
         "The settings as settings.json holds them: the later ones, which older stores lack, only if used."
         later = 'fps', 'deinterlace'
         return {name: value for name, value in asdict(self).items() if value or name not in later}
+
+    def differences(self, wanted: 'PrepareSettings') -> dict[str, str]:
+        "Name the settings that are others than wanted, each with a text."
+        ours, theirs = asdict(self), asdict(wanted)
+        return {name: f'{name} is {value}, not {theirs[name]}' for name, value in ours.items()
+                if value != theirs[name]}
 
     @property
     def flags(self) -> str:  # such as '--short-side 64'
@@ -128,13 +134,14 @@ def stored_frames(
     path: str | os.PathLike,  # video file
     settings: PrepareSettings,  # short_side, fps and deinterlace count
     notes: list[str],  # gets a line for each oddity of the video
-    seconds: float = 0,  # that it should take; 0: not known
+    info: VideoInfo | None = None,  # of `probe`; None: not known
 ) -> Iterator[np.ndarray]:  # uint8 [H, W, 3], one frame after the other
     "Decode a video to its end or first damage, at the store's size. Raises FileNotFoundError and VideoError."
     shape, size, last_frame, count, repeats = None, None, None, 0, 0
+    seconds = 0 if info is None or info.num_frames else info.seconds  # a count says more
     pictures = note_timing(decoded_frames(path), settings, notes, seconds)
     if settings.deinterlace: pictures = deinterlace(pictures)
-    if settings.fps: pictures = resample(pictures, settings.fps, probe(path, count=None).fps, notes)
+    if settings.fps: pictures = resample(pictures, settings.fps, info.fps if info else 0, notes)
     try:
         for picture in pictures:
             frame = to_rgb(picture)
@@ -282,7 +289,7 @@ def make_video(
         notes.append(f'{info.fps:g} frames a second are stored as {fps:g}')
     if info.pixel_aspect != 1: notes.append(f'pixels are {info.pixel_aspect:.3g} times as wide as high')
     options = dict(fps=settings.fps or fps, gop=settings.key_frame_every, preset=settings.preset)
-    frames, clipped = stored_frames(source, settings, notes, 0 if info.num_frames else info.seconds), []
+    frames, clipped = stored_frames(source, settings, notes, info), []
     with (VideoWriter(rgb, crf=settings.rgb_quality, **options) as video,
           VideoWriter(flow, crf=settings.flow_quality, pixel_format='gray', **options) as motion):
         for new, pictures in flow_blocks(frames, settings, gpu_of_worker(device), imported=pairs):
@@ -406,9 +413,10 @@ class Store:
         video: str,  # name in the manifest
         stream: str,  # 'rgb' or 'flow'
         indices: np.ndarray | None = None,  # int [T] frame numbers; None: all
+        reader: Callable = read_frames,  # or read_with_decord, for a file known to be whole
     ) -> np.ndarray:  # uint8 [T, H, W, 3] for RGB, [T, H, W, 2] for flow
         "Read frames of one video."
-        frames = read_frames(self.file(video, stream), indices)
+        frames = reader(self.file(video, stream), indices)
         return unstack_flow(frames) if stream == 'flow' else frames
 
     def select(self,
@@ -466,8 +474,7 @@ def init_store(
     "Claim a folder for a store with these settings. Raises ValueError if it holds a store with others."
     record = read_record(store)
     used = record.get('settings', settings)
-    old, wanted = asdict(used), asdict(settings)
-    different = '; '.join(f'{key} is {old[key]}, not {wanted[key]}' for key in old if old[key] != wanted[key])
+    different = '; '.join(used.differences(settings).values())
     if different:
         raise ValueError(f'{store} was made with other settings ({different}): '
                          'choose another folder, or the settings it has')

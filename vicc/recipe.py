@@ -11,7 +11,7 @@ import ast
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -228,18 +228,15 @@ class Recipe(RunConfig, frozen=True, extra='forbid', allow_inf_nan=False):
 
     def check_store(self, store: Store) -> None:
         "Raises ValueError for a store that was made with other settings."
-        stored, wanted = asdict(store.settings), asdict(self.prepare_settings())
-        names = 'short_side', 'flow_method', 'flow_bound', 'fps'
-        different = [f'{name} is {stored[name]}, not {wanted[name]}' for name in names
-                     if stored[name] != wanted[name]]
-        if different:
-            keys = {'fps': 'store_fps'}
-            values = ' '.join(f'{keys.get(name, name)}={stored[name]}' for name in names
-                              if stored[name] != wanted[name])
-            raise ValueError(f'{store.path} was made with other settings ({"; ".join(different)}): prepare '
-                             'another folder with this recipe (vicc prepare … '
-                             f'{self.prepare_settings().flags}), or train on this store as it is '
-                             f'(--set {values})')
+        keys = {name: name for name in ('short_side', 'flow_method', 'flow_bound')} | {'fps': 'store_fps'}
+        wanted = self.prepare_settings()
+        texts = store.settings.differences(wanted)
+        names = [name for name in keys if name in texts]
+        if not names: return
+        values = ' '.join(f'{keys[name]}={getattr(store.settings, name)}' for name in names)
+        raise ValueError(f'{store.path} was made with other settings ({"; ".join(map(texts.get, names))}): '
+                         f'prepare another folder with this recipe (vicc prepare … {wanted.flags}), or train '
+                         f'on this store as it is (--set {values})')
 
 def explain_validation_errors(
     error: ValidationError,  # of a Recipe, or of a config

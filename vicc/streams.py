@@ -247,9 +247,9 @@ def split_released(
         names = short_repr(unknown or list(state), 200)
         raise ValueError(f'{path} is no file of ViCC or CoCLR: the names of its {len(state)} tensors should '
                          f'begin with encoder_q., second., sampler. or backbone., but there are {names}. '
-                         'Weights of a stream of vicc go into Stream(backbone, num_prototypes, projection_dim, '
-                         'backbone_options).load_state_dict, with the values of its recipe; its folder into '
-                         'load_stream')
+                         'Weights of a stream of vicc go into Stream(backbone, num_prototypes, '
+                         'projection_dim, backbone_options).load_state_dict, with the values of its '
+                         'recipe; its folder into load_stream')
     return groups, dict(ignored)
 
 # %% ../nbs/engine/streams.ipynb #4d3d5573

@@ -84,7 +84,7 @@ class ClassifierConfig:
 
     @model_validator(mode='after')
     def check(self) -> 'ClassifierConfig':
-        "Raises ValueError for milestones that do not fit, and for a grid without training videos to choose on."
+        "Raises ValueError for milestones that do not fit, and for a grid without videos to choose on."
         if self.grid and (self.exact_paper or not self.validation_fraction):
             raise ValueError('a grid is chosen from on held-out training videos: give a validation_fraction, '
                              'and not exact_paper')
@@ -165,8 +165,8 @@ def check_labels(
     if wrong.any():
         first = rows[wrong].iloc[0]
         raise ValueError(f'{wrong.sum()} of {len(rows)} {what} videos have no label '
-                         f'from 0 to {num_classes - 1} ({first.video}: {first.get("label", "none")}): label them'
-                         ', leave them out, or number them without gaps (vicc.manifests.number_classes)')
+                         f'from 0 to {num_classes - 1} ({first.video}: {first.get("label", "none")}): label '
+                         'them, leave them out, or number them without gaps (vicc.manifests.number_classes)')
     return torch.tensor(labels.to_numpy(dtype=np.int64))
 
 class LabelledClips(RandomClips):
