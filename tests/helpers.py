@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from vicc.augment import ViewSettings, draw_view
+from vicc.augment import ViewSettings, random_view_params
 from vicc.data import TwoStreamDataset
 from vicc.engine.io import find_project
 from vicc.fast.views import color_jitter, gaussian_blur, single_channel
@@ -76,7 +76,7 @@ def random_clips(*shape: int, seed: int = 0) -> Tensor:
 def views_of(settings: ViewSettings, batch: int, height: int, width: int, strong: bool = True, seed: int = 0) -> dict[str, Tensor]:
     "Choices of a view for each of some clips of one size."
     rng = np.random.default_rng(seed)
-    return default_collate([draw_view(settings, height, width, strong, rng) for _ in range(batch)])
+    return default_collate([random_view_params(settings, height, width, strong, rng) for _ in range(batch)])
 
 def every_color_op(images: Tensor, view: dict[str, Tensor]) -> Tensor:
     "All that a strong view does to colours, one after the other."

@@ -17,12 +17,16 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from . import __version__
+
 # %% ../nbs/engine/cli.ipynb #022467dc
 COMMANDS = {  # name → function, and what it does
     'prepare': ('vicc.prepare:main', 'turn videos into a store of RGB and flow'),
     'train': ('vicc.alternation:main', 'train both streams as a recipe says, or go on with it'),
     'evaluate': ('vicc.commands:evaluate_command', 'retrieval and quick probe of saved streams'),
+    'exam': ('vicc.compare.exam:exam_command', 'what an encoder sees: motion, order, speed, looks'),
     'bench': ('vicc.bench:main', 'how fast this machine is'),
+    'plan': ('vicc.plan:main', 'steps, hours, disk and memory of a recipe, before it starts'),
 }
 
 def main(
@@ -35,6 +39,7 @@ def main(
                                      epilog='`vicc COMMAND --help` lists the options of one.',
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--help', '-h', action='help', help=argparse.SUPPRESS)
+    parser.add_argument('--version', action='version', version=f'vicc {__version__}', help=argparse.SUPPRESS)
     parser.add_argument('command', choices=COMMANDS, metavar='COMMAND', help=argparse.SUPPRESS)
     command = parser.parse_args(arguments[:1]).command
     resolve_name(COMMANDS[command][0])(arguments[1:])
@@ -49,6 +54,7 @@ def launch(
     folder: str | os.PathLike,  # of the run
     store: Any,  # a Store: prepared videos
     accept_changes: bool = False,  # as of alternate
+    trainer: str | None = None,  # 'module:Class' of steps of your own, as of vicc train
     log: Callable[[str], None] = print,  # where their lines go
 ) -> None:
     "Run `alternate` in several processes. Raises ValueError with their last lines, or Interrupted."
@@ -62,6 +68,7 @@ def launch(
                '-m', 'vicc.alternation', '--recipe', folder/'launched.yaml', '--prepared', '--output', folder,
                '--manifest', folder/'launched.csv', '--store', store.path]
     if accept_changes: command.append('--accept-changes')
+    if trainer: command += ['--trainer', trainer]
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment['ACCELERATE_USE_CPU'] = 'true'

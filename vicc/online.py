@@ -17,7 +17,7 @@ from .evaluation import cosine_similarity, extract_features, recall_at_k
 from .fast.layers import inference_copy
 from .manifests import split_manifest
 from .prepare import Store, STREAMS
-from .protocols import clip_labels, frame_sizes
+from .protocols import video_labels, video_frame_sizes
 from .recipe import Recipe
 from .streams import Stream
 
@@ -38,7 +38,7 @@ def split_for_online_eval(
     gallery, queries = ({name: one_clip.test_clips(store, part, name) for name in streams} for part in parts)
     options = dict(size=recipe.view_size, crop=recipe.test_crop or None, workers=recipe.workers,
                    flow_channels=recipe.flow_channels)
-    for part in (gallery, queries): center_crop(frame_sizes(part[streams[0]]), options['crop'])  # must fit
+    for part in (gallery, queries): center_crop(video_frame_sizes(part[streams[0]]), options['crop'])  # fits?
 
     def measure(stream: Stream, name: str, epoch: int, epochs: int) -> float:
         "R@1 of a stream, 0–1, if due after this epoch, counted from 1; else NaN. Leaves it in eval mode."
@@ -46,6 +46,6 @@ def split_for_online_eval(
         encoder, device = inference_copy(stream.eval()).features, next(stream.parameters()).device
         sets = queries[name], gallery[name]
         features = [extract_features(encoder, clips, device=device, **options) for clips in sets]
-        return recall_at_k(cosine_similarity(*features), *map(clip_labels, sets), ks=(1,))[1]
+        return recall_at_k(cosine_similarity(*features), *map(video_labels, sets), ks=(1,))[1]
 
     return parts[0], measure

@@ -17,7 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from modules import Entry, Row, entries
 
 # Folder of nbs/ -> heading, in the order of the map: the numbered notebooks of nbs/ itself, its others, the wings.
-GROUPS = {'': 'The paper', 'experiments': 'Experiments', 'datasets': 'Data sets', 'engine': 'What keeps a run alive', 'fast': 'The same, faster', 'viz': 'Pictures', 'compare': 'Other methods'}
+GROUPS = {'': 'The paper', 'experiments': 'Experiments', 'howto': 'How to', 'datasets': 'Data sets', 'engine': 'What keeps a run alive', 'fast': 'The same, faster', 'viz': 'Pictures', 'compare': 'Other methods'}
+# What the front page offers first: words, page, heading
+START = [('the paper in ten minutes', '00_tour', ''), ('the main job with its pictures', 'run_pretrain', ''), ('clips that play, by prototype', 'run_prototypes', 'the-explorer'),
+         ('your own videos', 'howto/own_data', ''), ('every name', 'api/index', '')]
 # Text in which no name becomes a link: code blocks, equations, links and pictures, tags, addresses, directives
 KEPT = r'^(?P<fence>`{3,}|~{3,}).*?^(?P=fence)|\$\$.*?\$\$|\$[^$\n]+\$|!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\)|<[^>\s][^>\n]*>|https?://\S+|`[^`\n]+`'
 
@@ -119,9 +122,11 @@ def github_repository(values: dict[str, str]) -> str:
 def colab_cell(repository: str, values: dict[str, str]) -> str:
     "Code that fetches and installs the package where it is missing."
     fastcore = next((need for need in values.get('dev_requirements', '').split() if need.startswith('fastcore')), 'fastcore')
-    return '\n'.join(['# Colab: fetch the repository and install the package, once. Elsewhere this does nothing.', 'import importlib.util', 'import os',
-                      f"if importlib.util.find_spec('{values['lib_name']}') is None:", f'    !git clone -q --depth 1 https://github.com/{repository} ~/repository',
-                      f'    %pip install -q ~/repository {fastcore}', "    os.chdir(os.path.expanduser('~/repository/nbs'))"])
+    folder = f'/content/{values["lib_name"]}'
+    return '\n'.join(['# Colab: fetch the repository and install the package, once. Elsewhere this does nothing.', 'import os', 'import sys',
+                      "if 'google.colab' in sys.modules:", f"    if not os.path.isdir('{folder}'):",
+                      f'        !git clone -q --depth 1 https://github.com/{repository} {folder}', f'        %pip install -q {folder} {fastcore}',
+                      f"    os.chdir('{folder}/nbs')"])
 
 def write_colab_copy(path: Path, target: Path, repository: str, values: dict[str, str]) -> None:
     notebook = json.loads(path.read_text(encoding='utf-8'))
@@ -164,6 +169,11 @@ def notebook_page(notebook: Notebook, links: Links, repository: str) -> dict:
     if notebook.module: line.append(f'Exports {{py:mod}}`{links.package}.{notebook.module}`')
     if repository and notebook.name != 'index':
         line.append(f'<a class="colab" href="https://colab.research.google.com/github/{repository}/blob/colab/{notebook.name}.ipynb">Open in Colab</a>')
+    if notebook.name == 'index':
+        first = [f'[{words}]({place}.{"md" if "api/" in place else "ipynb"}{"#"*bool(heading)}{heading})'
+                 for words, place, heading in START if place in {*links.notebooks, 'api/index'}]
+        before, about, after = cells[0]['source'].partition(notebook.about)
+        cells[0] = markdown(f'{before}{about}\n\nBegin with {" · ".join(first)}\n{after}')
     if line: cells.insert(1, markdown('{.about}\n' + ' · '.join(line)))
     for number, cell in enumerate(cells): cell['id'] = f'cell{number}'
     kernel = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'), language_info=dict(name='python'))

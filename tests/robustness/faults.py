@@ -230,6 +230,7 @@ class Bench:
         self.folder, self.command, self.ends = folder, prepare_run(folder, **TINY), {}
 
     def trial(self, name: str, processes: int = 1, output: Path | None = None, **values: object) -> Trial:
+        if processes > 1: values = dict(single_batch_size=2*processes, cross_batch_size=2*processes) | values  # those of all
         return Trial(self, name, output or self.folder/'runs'/name, processes, values)
 
     def unbroken(self, processes: int = 1) -> Path:
@@ -469,7 +470,7 @@ def second_run(bench: Bench) -> dict:
 
 # ---- the table
 
-def machine() -> str: return f'{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}, torch {torch.__version__}'
+def describe_machine() -> str: return f'{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}, torch {torch.__version__}'
 
 def try_faults(folder: Path, names: list[str], log: Callable[[str], None] = print) -> pd.DataFrame:
     "A row for each of these faults."
@@ -481,7 +482,7 @@ def try_faults(folder: Path, names: list[str], log: Callable[[str], None] = prin
         begin = time.monotonic()
         try: row = function(bench)
         except Skipped as reason: row = dict(said=f'skipped: {reason}', said_so='', exit_code='', exit_as_wanted='', sound_checkpoints='', went_on='', identical='')
-        rows.append(dict(fault=name, done=done, wanted=wanted, **row, seconds=round(time.monotonic() - begin, 1), machine=machine()))
+        rows.append(dict(fault=name, done=done, wanted=wanted, **row, seconds=round(time.monotonic() - begin, 1), machine=describe_machine()))
         log(json.dumps({key: value for key, value in rows[-1].items() if key not in ('done', 'wanted', 'machine')}, ensure_ascii=False))
     return pd.DataFrame(rows, columns=COLUMNS)
 

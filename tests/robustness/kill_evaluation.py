@@ -27,7 +27,7 @@ from vicc.recipe import Recipe
 from vicc.engine.fit import RunConfig, TIMING
 from vicc.engine.io import find_project
 from vicc.alternation import new_streams
-from vicc.compare.finetune import FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, accuracy, classify
+from vicc.compare.finetune import FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, accuracy, train_and_test_classifier
 from vicc.evaluation import evaluate_stream, two_stream_recall
 from vicc.engine.io import write_text, atomic_write
 from vicc.manifests import read_manifest
@@ -68,7 +68,7 @@ def evaluate(folder: Path, output: Path) -> None:
     protocols = {'linear probe': LINEAR_PROBE, 'fine-tuning': replace(FINE_TUNING, dropout=.2)}
     for title, protocol in protocols.items():
         config = replace(protocol.shortened(EPOCHS), batch_size=4, validation_fraction=.3)
-        tensors[title], history = classify(
+        tensors[title], history = train_and_test_classifier(
             title, streams['rgb'], store, rows['train'], test_clips, classes, config, output/title,
             recipe.clip_length, recipe.clip_stride, views, 'ten', 56, recipe.min_frames, cache_gib=0,
             run_config=RunConfig(save_every_steps=1))

@@ -73,7 +73,7 @@ def label_of_the_class(folder):
 def prepared(folder, videos, **options):
     "What prepare says, or notes of each video."
     names, settings = pd.DataFrame(dict(video=videos)), options.pop('settings', PrepareSettings(48, 'farneback', 100))
-    try: store = prepare(names, folder, folder/'store', settings, workers=0, log=lambda line: None, **options)
+    try: store = prepare(names, folder, folder.parent/'store', settings, workers=0, log=lambda line: None, **options)
     except (ValueError, OSError) as error: return str(error)
     noted = '; '.join(store.manifest.get('note', pd.Series([''])))
     return f'{store.manifest.num_frames[0]} frames are stored' + f' ({noted})'*bool(noted)
@@ -299,9 +299,12 @@ def main():
     file = parser.parse_args().table
     record, said = pd.read_csv(file, dtype=str, keep_default_na=False), {}
     for mistake in CASES:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        with tempfile.TemporaryDirectory() as outer, warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            said[mistake] = CASES[mistake](Path(folder)).replace(folder, '…').replace(str(find_project()), '…')
+            folder = Path(outer)/'in'  # a store lies beside it
+            folder.mkdir()
+            said[mistake] = CASES[mistake](folder)
+            for path in (folder, outer, find_project()): said[mistake] = said[mistake].replace(str(path), '…')
     unknown = sorted(set(said) - set(record.mistake))
     if unknown: raise SystemExit(f'not in {file}: {unknown}')
     record['mended'] = [said.get(mistake, 'as before') for mistake in record.mistake]

@@ -23,10 +23,12 @@ import pandas as pd
 import torch
 
 from vicc import manifests
-from vicc.compare.finetune import check_labels
+from vicc.compare.finetune import label_tensor
+from vicc.data import TestClips
+from vicc.engine.io import read_yaml
 from vicc.evaluation import quick_probe
 from vicc.manifests import folder_manifest, read_manifest, write_manifest
-from vicc.prepare import PrepareSettings, prepare
+from vicc.prepare import prepare, PrepareSettings, Store
 from vicc.video import probe, read_frames, write_video
 
 UNIT = Path(__file__).parents[1]/'unit'
@@ -291,6 +293,17 @@ def folder_as_video(folder):
     return says(r'a.mp4 \(row 2\) is a folder'), message(manifests.require_videos, pd.DataFrame(dict(video=['a.mp4'])), folder)
 
 
+@case('folder', 'a folder of frames listed as a video')
+def frames_as_video(folder):
+    touch(folder, 'run/1/img_00001.jpg')
+    return says(r'run/1 \(row 2\) is a folder of pictures \(vicc.manifests.convert_frame_folders .* write run/1.mp4\)'), message(manifests.require_videos, pd.DataFrame(dict(video=['run/1'])), folder)
+
+
+@case('table', 'paths without the ending .mp4')
+def no_suffix(folder):
+    return says(r'run/1 \(row 2\) is not there, but run/1.mp4 is: write that'), message(manifests.require_videos, pd.DataFrame(dict(video=['run/1'])), touch(folder, 'run/1.mp4'))
+
+
 @case('table', 'labels 200000 … 900000', 'zylo117/Yet-Another-EfficientDet-Pytorch#344')
 def label_gaps(folder):
     train, test, names = manifests.number_classes(table(folder, 'video,label\na.mp4,900000\nb.mp4,200000\n'), table(folder, 'video,label,class_name\nc.mp4,300000,run\n'))
@@ -306,7 +319,7 @@ def probe_gaps(folder):
 
 @case('table', 'labels with gaps given to fine-tuning')
 def classifier_gaps(folder):
-    return says(r'1 of 2 training videos have no label from 0 to 1 \(b.mp4: 900000\): .*vicc.manifests.number_classes'), message(check_labels, table(folder, 'video,label\na.mp4,0\nb.mp4,900000\n'), 2)
+    return says(r'1 of 2 training videos have no label from 0 to 1 \(b.mp4: 900000\): .*vicc.manifests.number_classes'), message(label_tensor, table(folder, 'video,label\na.mp4,0\nb.mp4,900000\n'), 2)
 
 
 @case('table', 'labels that start with 1', 'open-mmlab/mmaction2#1238')
@@ -318,7 +331,7 @@ def labels_from_one(folder):
 @case('table', 'one row without a label, where labels are needed', 'open-mmlab/mmaction2#1901')
 def one_unlabelled(folder):
     one = table(folder, 'video,label\na.mp4,1\nb.mp4,\n')
-    return says('1 of 4 videos have no label, such as b.mp4'), message(manifests.number_classes, one, table(folder, 'video,label\nc.mp4,1\nd.mp4,2\n'))
+    return says(r'1 of 4 videos have no label \(the cell is empty, or -1\), such as b.mp4'), message(manifests.number_classes, one, table(folder, 'video,label\nc.mp4,1\nd.mp4,2\n'))
 
 
 @case('table', 'one row without a label, in a split')
@@ -376,7 +389,64 @@ def empty_columns(folder):
 
 @case('table', 'UTF-16, as spreadsheets call Unicode')
 def utf16(folder):
-    return says('m.csv is not UTF-8 text'), message(table, folder, 'video,label\na.mp4,1\n'.encode('utf-16'))
+    return says("m.csv is not UTF-8 text .*: it is UTF-16: save it as UTF-8"), message(table, folder, 'video,label\na.mp4,1\n'.encode('utf-16'))
+
+
+@case('table', 'Latin-1')
+def latin1(folder):
+    return says('m.csv is not UTF-8 text .*: a letter of line 3 has another code'), message(table, folder, 'video,label\na.mp4,1\nzürich.mp4,2\nb.mp4,1\n'.encode('latin-1'))
+
+
+def json_case(what, text):
+    "A file of JSON that is called .csv."
+    @case('table', f'{what} in a file that is called .csv')
+    def of_json(folder):
+        return says('m.csv: is JSON: save it as CSV'), message(table, folder, text)
+
+
+for what, text in {'a list of records, as pandas writes it,': '[{"video":"a.mp4","label":0},{"video":"b.mp4","label":1}]', 'a list of paths': '[\n  "a.mp4",\n  "b.mp4"\n]\n',
+                   'a line of JSON for each video': '{"video": "a.mp4", "label": 0}\n{"video": "b.mp4", "label": 1}\n'}.items(): json_case(what, text)
+
+
+NAMES = 'run', 'walk', 'jump', 'turn'
+
+
+def counted(first, names=NAMES, side='train'):
+    "A manifest of four classes in their folders, numbered from `first`; names=(): without names."
+    labels = range(first, first + 4)
+    columns = dict(video=[f'{name}/{side}.mp4' for name in NAMES], label=list(labels)) | (dict(class_name=list(names)) if names else {})
+    return pd.DataFrame(columns)
+
+
+def against(*options):
+    "What is said of a training table from 0 and another table."
+    other = manifests.check_manifest(counted(*options, side='test'))
+    manifests.check_train_test(manifests.check_manifest(counted(0, () if len(options) > 1 and not options[1] else NAMES)), other)
+
+
+@case('table', 'a training table that counts from 0, a test table that counts from 1')
+def counted_from_one(folder):
+    return says("row 2, column class_name: label 1 is 'run' here, and 'walk' in the training manifest: number the classes alike. Does one of the tables count from 1"), message(against, 1)
+
+
+@case('table', 'the same, without names of the classes')
+def counted_without_names(folder):
+    return says('videos of the folder jump have label 2 in the training manifest, 3 in the test manifest: number the classes alike'), message(against, 1, ())
+
+
+@case('table', 'the same, and the names of the test table were changed to fit')
+def renamed(folder):
+    return says(r'3 videos lie in a folder that has the name of another class, such as walk/test.mp4 \(class_name jump\)'), message(against, 1, ('walk', 'jump', 'turn', 'more'))
+
+
+@case('table', 'classes in their folders: nothing is said')
+def classes_in_folders(folder):
+    return 'nothing is said', message(against, 0)
+
+
+@case('table', 'group is the class in every row')
+def group_is_class(folder):
+    return says('group is the class in every row, so no class can be divided'), message(table, folder, 'video,label,class_name,group\na.mp4,0,run,run\nb.mp4,0,run,run\nc.mp4,1,jump,jump\n')
 
 
 @case('table', 'no header: "path label" with spaces in the path', 'facebookresearch/SlowFast#94')
@@ -431,7 +501,7 @@ def decimal_comma(folder):
 
 @case('table', 'one class in two spellings')
 def two_spellings(folder):
-    return says("row 3, column class_name: 'Run' differs from an earlier row"), message(table, folder, 'video,label,class_name\na.mp4,0,run\nb.mp4,0,Run\n')
+    return says("row 3, column class_name: label 0 is 'Run' here, and 'run' in an earlier row: make them the same"), message(table, folder, 'video,label,class_name\na.mp4,0,run\nb.mp4,0,Run\n')
 
 
 @case('table', 'a row twice')
@@ -496,6 +566,49 @@ def shared_name(folder):
     return (['a.mp4', 'b.mp4'], ['a.mkv']), prepared(folder, ['a.mp4', 'b.mp4', 'a.mkv'], ['a.mp4', 'b.mp4', 'a.mkv'], max_failed=0.4)
 
 
+# --- commands
+
+@case('commands', 'a share of 5 for 5 %')
+def share(folder):
+    return says('max_failed=5 is no share from 0 to 1: 5 % is 0.05'), message(prepared, folder, ['a.mp4'], ['a.mp4'], max_failed=5)
+
+
+@case('commands', 'x264 quality 99')
+def quality(folder):
+    return says('rgb_quality=99 is not a number from 0 to 51'), message(PrepareSettings, rgb_quality=99)
+
+
+@case('commands', 'the folder of videos as the store: nothing is written')
+def store_is_videos(folder):
+    (touch(folder, 'a.mp4')/'manifest.csv').write_text('video\na.mp4\n')
+    said = message(prepare, folder/'manifest.csv', folder, folder)
+    return (['a.mp4', 'manifest.csv'], True), (sorted(path.name for path in folder.iterdir()), 'is in the folder of videos' in said)
+
+
+@case('commands', "a folder with somebody's own manifest.csv as the store: it stays as it is")
+def own_manifest(folder):
+    (touch(folder, 'videos/a.mp4', 'mine/manifest.csv')/'mine'/'manifest.csv').write_text('video\na.mp4\n')
+    said = message(prepare, folder/'mine'/'manifest.csv', folder/'videos', folder/'mine')
+    return ('video\na.mp4\n', True), ((folder/'mine'/'manifest.csv').read_text(), 'holds manifest.csv and is no store' in said)
+
+
+@case('commands', 'the folder of a run for its store')
+def run_for_store(folder):
+    return says('run is not a finished store .*: give .*run/store'), message(Store, touch(folder, 'run/store/settings.json')/'run')
+
+
+@case('commands', "TestClips(stream='RGB')")
+def no_stream(folder):
+    prepared(folder, ['a.mp4'], ['a.mp4'])
+    return says('there is no stream RGB: give rgb or flow'), message(TestClips, Store(folder/'store'), stream='RGB')
+
+
+@case('commands', 'a recipe with seed:0, without the space')
+def no_space(folder):
+    (folder/'r.yaml').write_text('short_side: 64\n# of the run\nseed:0\nfps: 2\n')
+    return says("r.yaml is not YAML of plain values: line 3, 'seed:0': write a space after the colon"), message(read_yaml, folder/'r.yaml')
+
+
 # --- names
 
 def odd_name(name, problem):
@@ -545,6 +658,9 @@ TESTS = {
         'test_a_long_gap_is_closed_with_a_note': ('video', 'a gap of seconds or days between two frames, --fps', '', 'closed, with a note'),
         'test_deinterlacing': ('video', 'interlaced pictures, --deinterlace', '', 'no combing, with a note'),
         'test_deinterlacing_leaves_other_videos_alone': ('video', 'a video that is not interlaced, --deinterlace', '', 'the same bytes')},
+    'test_video.py': {
+        'test_a_damaged_film_ends_where_prepare_ends': ('video', 'a film that was cut or damaged, read by frames and clips', '', 'the frames before the damage, as prepare takes them, with a warning'),
+        'test_clips_of_odd_numbers': ('video', 'clips at stride 0, of -1 frames a second …', '', 'refused with the name of the number')},
     'test_prepare.py': {
         'test_ready_made_flow': ('flow', 'ready-made flow', '', 'stored as it is, the last repeated'),
         'test_ready_made_flow_of_another_size': ('flow', 'ready-made flow at twice the size', '', 'resized, its motion halved'),

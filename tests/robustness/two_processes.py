@@ -66,7 +66,7 @@ def losses(folder: Path, case: str, accelerator, compiled: bool) -> tuple[list[f
 
         def views(self, batch, name): return [view.double() for view in super().views(batch, name)]
     values = dict(sync_batchnorm=True, **CASES[case]) if 'sync_batchnorm' not in CASES[case] else CASES[case]
-    settings = StageConfig(epochs=STEPS, schedule_epochs=None, batch_size=16//accelerator.num_processes, optimizer='larc', learning_rate=.6, final_learning_rate=.01, freeze_prototypes_epochs=2,
+    settings = StageConfig(epochs=STEPS, schedule_epochs=None, batch_size=16, optimizer='larc', learning_rate=.6, final_learning_rate=.01, freeze_prototypes_epochs=2,
                              queue_start_epoch=0, **values)
     dataset = TwoStreamDataset(Store(folder/'store'), None, ('rgb', 'flow'), 8, views=ViewSettings(size=32))
     torch.manual_seed(0)

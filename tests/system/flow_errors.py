@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from vicc.bench import bench_row, flow_methods, machine
+from vicc.bench import bench_row, available_flow_methods, describe_machine
 from vicc.engine.io import write_text
 from vicc.flow import end_point_error, grey
 
@@ -28,7 +28,7 @@ def flow_errors(folder: Path, device: str = 'cpu') -> Iterator[dict]:
         frames = [grey(np.asarray(Image.open(path).convert('RGB'))[None]) for path in alike]
         pair, truth = file.relative_to(folder).with_suffix('').as_posix(), cv2.readOpticalFlow(str(file))
         if truth is None or not truth.size: raise ValueError(f'{file}: no Middlebury flow file, or a cut one')
-        for name, (method, used) in flow_methods(device).items():
+        for name, (method, used) in available_flow_methods(device).items():
             error = np.nanmean(end_point_error(method(*frames), truth.transpose(2, 0, 1)[None]))
             yield bench_row('error', f'{name}, {pair}', error, 'px', method=name, pair=pair, device=used)
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('output', type=Path)
     parser.add_argument('--device', default='cpu')
     values = parser.parse_args(arguments)
-    results = dict(machine=machine(values.device), rows=[])
+    results = dict(machine=describe_machine(values.device), rows=[])
     if values.output.is_file(): results = json.loads(values.output.read_text())
     for row in flow_errors(values.folder, values.device):
         results['rows'].append(row)

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT/'.ci'/'docs'
@@ -104,7 +106,7 @@ def test_page_hides_directives_and_housekeeping(tmp_path):
                                                  ('https://example.org/vicc', ''), ('https://github.com.example.org/a/b', ''), ('https://github.com/someone', '')])
 def test_repository_comes_from_the_settings(url, repository): assert pages.github_repository({'url': url}) == repository
 
-def test_colab_badge_and_copies_only_for_github(tmp_path, capsys):
+def test_colab_badge_and_copies_only_for_github(tmp_path, capsys, monkeypatch):
     root = project(tmp_path/'plain')
     pages.write_site(root, root/'site', root/'colab')
     assert 'no Colab badges: the url in settings.ini (https://example.org/vicc)' in capsys.readouterr().out and not (root/'colab').exists()
@@ -113,7 +115,15 @@ def test_colab_badge_and_copies_only_for_github(tmp_path, capsys):
     assert 'https://colab.research.google.com/github/someone/vicc/blob/colab/08_queue.ipynb' in (root/'site'/'08_queue.ipynb').read_text(encoding='utf-8')
     assert 'colab' not in json.dumps(json.loads((root/'site'/'index.ipynb').read_text(encoding='utf-8'))['cells'])
     cells = json.loads((root/'colab'/'run_it.ipynb').read_text(encoding='utf-8'))['cells']
-    assert 'git clone -q --depth 1 https://github.com/someone/vicc ~/repository' in cells[1]['source'] and 'fastcore==2.2.39' in cells[1]['source']
+    code, calls, where = TransformerManager().transform_cell(cells[1]['source']), [], []
+    shell = SimpleNamespace(system=calls.append, run_line_magic=lambda name, line: calls.append(f'{name} {line}'))
+    exec(code, dict(get_ipython=lambda: shell))
+    assert not calls  # not in Colab
+    monkeypatch.setitem(sys.modules, 'google.colab', pages)
+    monkeypatch.setattr('os.chdir', where.append)
+    exec(code, dict(get_ipython=lambda: shell))
+    assert calls == ['git clone -q --depth 1 https://github.com/someone/vicc /content/vicc', 'pip install -q /content/vicc fastcore==2.2.39']
+    assert where == ['/content/vicc/nbs']
     assert cells[2]['source'] == '#| hide_input\nslider()'
 
 def test_contents_follow_the_map(tmp_path):
@@ -151,4 +161,5 @@ def test_builds_with_sphinx(tmp_path):
     page = (root/'_docs'/'api'/'queue.html').read_text(encoding='utf-8')
     assert 'id="vicc.queue.assign"' in page and 'id="vicc.queue.Queue.full"' in page and '[N, K] similarities' in page
     assert 'href="../08_queue.html#cell-queue-2"' in page
+    assert 'href="api/index.html"' in (root/'_docs'/'index.html').read_text(encoding='utf-8').split('every name')[0][-200:]
     assert 'vicc.queue' in (root/'_docs'/'searchindex.js').read_text(encoding='utf-8')

@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill as pm
 import pytest
 import yaml
@@ -54,14 +55,17 @@ def test_pretrain_on_real_clips(tmp_path):
 
 @pytest.mark.timeout(300)
 def test_unlabelled_videos_in_two_processes(tmp_path):
+    "All are trained on: nothing is held out, nothing evaluated, and the demo's network is noted."
     from vicc.manifests import read_manifest
     from vicc.synthetic import make_moving_shapes
     made = make_moving_shapes(tmp_path/'shapes', 16, 8)
-    for subset in ('train', 'test'): read_manifest(made[subset])[['video', 'num_frames']].to_csv(tmp_path/f'{subset}.csv', index=False)
-    execute(dict(TINY, manifest=str(tmp_path/'train.csv'), test_manifest=str(tmp_path/'test.csv'), videos=str(made['videos']), output=str(tmp_path/'run'), collapse_lesson=False, num_processes=2),
-            tmp_path)
+    read_manifest(made['train'])[['video', 'num_frames']].to_csv(tmp_path/'train.csv', index=False)
+    notebook = execute(dict(TINY, manifest=str(tmp_path/'train.csv'), videos=str(made['videos']), output=str(tmp_path/'run'), num_processes=2), tmp_path)
+    said = ''.join(output.get('text', '') for cell in notebook.cells for output in cell.get('outputs', []))
+    for words in ('clips a step: batch 8 = 2 processes × 4', "note: this trains the demo's network, 0.0 M parameters, on views of 32×32 pixels", 'There are no test videos (no test_manifest'): assert words in said
     assert len((tmp_path/'run'/'history.csv').read_text().splitlines()) == 5 and yaml.safe_load((tmp_path/'run'/'recipe.yaml').read_text())['num_prototypes'] == 6
-    assert json.loads((tmp_path/'run'/'metrics.json').read_text())['results'] == {}
+    metrics = json.loads((tmp_path/'run'/'metrics.json').read_text())
+    assert metrics['results'] == {} and (metrics['train_videos'], metrics['test_videos']) == (16, 0) and not (tmp_path/'run'/'lesson').exists()
 
 @pytest.mark.timeout(600)
 def test_audit_of_a_stand_in_and_of_a_file(tmp_path):
@@ -78,6 +82,25 @@ def test_audit_of_a_stand_in_and_of_a_file(tmp_path):
     two = json.loads((tmp_path/'two'/'metrics.json').read_text())
     assert not two['stand_in'] and two['read_as'] in ('rgb', 'flow')
     if two['read_as'] == 'flow': assert two['audit']['as here'] == one['audit']['as here']
+
+@pytest.mark.timeout(300)
+def test_exam_of_a_run_and_of_real_clips(tmp_path):
+    from vicc.alternation import stage_folder
+    from vicc.recipe import new_streams
+    from vicc.streams import save_stream
+    from vicc.synthetic import make_moving_shapes
+    recipe = Recipe.read('demo', **TINY, clip_length=4)
+    for number, stage in enumerate(recipe.plan()): save_stream(new_streams(recipe)[stage.name], stage_folder(tmp_path/'run', number, stage)/'stream')
+    recipe.write(tmp_path/'run'/'recipe.yaml')
+    videos = make_moving_shapes(tmp_path/'shapes', 16, 4)['videos']
+    values = dict(run=str(tmp_path/'run'), videos=str(videos), num_videos=32, torchvision_model='', output=str(tmp_path/'exam'))
+    assert pictures(execute(values, tmp_path, 'run_exam')) == 2
+    drawn, real = (pd.read_csv(tmp_path/'exam'/f'{name}.csv') for name in ('exam', 'exam_videos'))
+    encoders = ['mean frame', 'frame differences', 'random rgb', 'random flow', 'rgb-1', 'rgb-2 cycle 1', 'flow-1']
+    assert list(drawn.encoder.unique()) == list(real.encoder.unique()) == encoders and (drawn.test.nunique(), real.test.nunique()) == (7, 5)
+    same = drawn.pivot(index='test', columns='encoder', values='score')
+    assert (same['random rgb'] == same['rgb-1']).all() and (same['random flow'] == same['flow-1']).all()  # they are the same weights
+    assert set(pd.read_csv(tmp_path/'exam'/'expectations.csv').verdict) <= {'as expected', 'not told apart', 'the other way round'}
 
 @pytest.mark.parametrize('notebook', EXPERIMENTS, ids=lambda path: path.stem)
 def test_has_documented_parameters(notebook):
@@ -112,3 +135,14 @@ def test_a_recipe_of_before_is_read(tmp_path):
 def test_wrong_parameters_are_refused_before_any_work(values, words, tmp_path):
     with pytest.raises(Exception, match=words): execute(dict(TINY, output=str(tmp_path/'run'), **values), tmp_path)
     assert not (tmp_path/'run'/'store').exists()
+
+@pytest.mark.timeout(300)
+def test_compare_makes_a_small_run_and_takes_an_encoder_of_the_users(tmp_path, monkeypatch):
+    (tmp_path/'their_mean.py').write_text('from vicc.encoders import VideoEncoder\ndef colour(): return VideoEncoder(lambda clips: clips.mean((2, 3, 4)), 4, 3, size=8, version="1")\n')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    values = dict(run=str(tmp_path/'none'), output=str(tmp_path/'out'), num_gallery=16, num_queries=4, small_videos=16, yours='their_mean:colour', encoders=['vicc'],
+                  small_run=dict(TINY, cycles=0))
+    assert pictures(execute(values, tmp_path, 'run_compare')) == 2
+    rows = [line.split(',') for line in (tmp_path/'out'/'compare_encoders.csv').read_text().splitlines()]
+    assert [row[0] for row in rows] == ['encoder', 'chance', 'vicc', 'their_mean:colour'] and (tmp_path/'out'/'compare_encoders.png').exists()
+    assert float(rows[1][rows[0].index('R@1')]) == 0.125

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NBS = ROOT/'nbs'
 NOTEBOOKS = sorted(path for path in NBS.rglob('*.ipynb') if not {'results', '.ipynb_checkpoints', '_proc'} & set(path.parts))
-LIBRARY = [path for path in NOTEBOOKS if not path.name.startswith('run_') and path.stem != 'index']
+HOWTO = NBS/'howto'  # short pages: one process runs them all, since importing takes longer than running
+LIBRARY = [HOWTO] + [path for path in NOTEBOOKS if not path.name.startswith('run_') and path.stem != 'index' and path.parent != HOWTO]
 
 def run(command: str, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
     "A command of nbdev."
@@ -37,6 +38,11 @@ def test_changes_nothing(command, tmp_path):
 def test_runs(notebook):
     result = run('nbdev-test', str(notebook), '--n-workers', '0')
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+
+@pytest.mark.parametrize('page', sorted(HOWTO.glob('own_*.ipynb')), ids=lambda path: path.stem)
+def test_a_page_for_your_own_is_short(page):
+    cells = [cell.source for cell in nbformat.read(page, 4).cells if cell.cell_type == 'code']
+    assert sum(bool(line.strip()) for cell in cells for line in cell.splitlines()) <= 30
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
 def test_links_lead_to_notebooks(notebook):

@@ -1,10 +1,13 @@
-"The package imports without the development packages, and explains itself."
+"The built package works outside of the clone and without the development packages, and explains itself."
 import importlib
 import inspect
+import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 
 import vicc
+from vicc.recipe import Recipe
 from vicc.streams import Stream, save_stream
 from vicc.video import write_video
 
@@ -25,14 +29,43 @@ sys.meta_path.insert(0, Blocked())
 import vicc
 for module in pkgutil.walk_packages(vicc.__path__, 'vicc.'):
     if not module.name.split('.')[-1].startswith('_'): importlib.import_module(module.name)
+from vicc.manifests import KINETICS400_CLASSES
+from vicc.plan import read_rows
+from vicc.recipe import Recipe
+print(vicc.__file__, vicc.__version__, len(KINETICS400_CLASSES), len(read_rows()) > 100, *(Recipe.read(name).num_prototypes for name in {recipes}))
+try: Recipe.read('demmo')
+except FileNotFoundError as error: assert str(error).endswith('or one of ' + ', '.join({recipes})), error
+vicc.cli.main(['--version'])
 '''
 
-def test_imports_without_development_packages():
+def build_wheel(folder: Path) -> Path:
+    "The wheel of a copy of what it is made of: building leaves folders behind."
+    pytest.importorskip('setuptools', '77')
+    source = folder/'source'
+    for name in ('vicc', 'data_manifests', 'nbs/recipes', 'nbs/results'):
+        shutil.copytree(ROOT/name, source/name, ignore=shutil.ignore_patterns('__pycache__', '*.ipynb', '*.png'))
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, source)
+    command = [sys.executable, 'setup.py', '-q', 'bdist_wheel', '--dist-dir', folder]
+    built = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return next(folder.glob('*.whl'))
+
+def test_the_wheel_works_outside_of_the_clone_without_development_packages(tmp_path):
+    recipes = sorted(path.stem for path in (ROOT/'nbs'/'recipes').glob('*.yaml'))
+    with zipfile.ZipFile(build_wheel(tmp_path)) as wheel:
+        wheel.extractall(tmp_path/'site')
+        entry_points, = (wheel.read(name).decode() for name in wheel.namelist() if name.endswith('entry_points.txt'))
+    assert 'vicc = vicc.cli:main' in entry_points
+    assert {'LICENSE', 'METADATA'} <= {path.name for path in (tmp_path/'site').rglob('vicc-*/**/*')}
     config = ConfigParser(delimiters=['='])
     config.read(ROOT/'settings.ini', encoding='utf-8')
     names = {requirement.split('=')[0].split('>')[0] for requirement in config['DEFAULT']['dev_requirements'].split()} - {'hypothesis', 'tensorboard'}  # torch and accelerate look for them, and do without
-    result = subprocess.run([sys.executable, '-c', CODE.replace('{names}', repr(names))], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, '-c', CODE.replace('{names}', repr(names)).replace('{recipes}', repr(recipes))], cwd=tmp_path,
+                            env={**os.environ, 'PYTHONPATH': str(tmp_path/'site')}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    version, prototypes = config['DEFAULT']['version'], [str(Recipe.read(ROOT/'nbs'/'recipes'/f'{name}.yaml').num_prototypes) for name in recipes]
+    assert result.stdout.split('\n')[0].split() == [str(tmp_path/'site'/'vicc'/'__init__.py'), version, '400', 'True', *prototypes]
+    assert result.stdout.split('\n')[1] == f'vicc {version}'
 
 def undocumented(module) -> list[str]:
     "Public names of a module whose help() would leave a question open: no words, or a parameter or result without a type."

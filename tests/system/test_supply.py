@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 INDIRECT = {'jinja2': 'pandas.io.formats.style'}  # required because another package's part, which we import, cannot do without
 PACKAGES = {'cv2': 'opencv-contrib-python-headless', 'sklearn': 'scikit-learn', 'PIL': 'pillow', 'yaml': 'pyyaml'}  # of modules that are called otherwise
-OPTIONAL = {'ipywidgets'}  # imported only where it is used, and a development requirement: without it there are no menus
+OPTIONAL = {'ipywidgets': 'dev', 'transformers': 'compare'}  # imported only where they are used, and requirements of an extra: without them there are no menus, no VideoMAE
 
 def settings() -> dict[str, str]:
     config = ConfigParser(delimiters=['='])
@@ -37,9 +37,9 @@ def imported() -> dict[str, str]:
 
 def test_every_import_is_required():
     required = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
-    missing = {name: file for name, file in imported().items() if name not in required | OPTIONAL}
+    missing = {name: file for name, file in imported().items() if name not in required | set(OPTIONAL)}
     assert missing == {}, 'add to requirements in settings.ini'
-    assert all(name in settings()['dev_requirements'] for name in OPTIONAL)
+    assert all(name in settings()[f'{extra}_requirements'] for name, extra in OPTIONAL.items())
 
 def test_every_requirement_is_used():
     notebooks = '\n'.join(path.read_text(encoding='utf-8') for path in (ROOT/'nbs').rglob('*.ipynb'))

@@ -1,6 +1,7 @@
 "What goes on from stage to stage, what starts anew, and what a folder refuses."
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ from vicc.alternation import alternate, stage_folder
 from vicc.data import TwoStreamDataset
 from vicc.prepare import prepare
 from vicc.recipe import Recipe
+from vicc.run_dir import begin_run, video_remarks
 from vicc.streams import TrainedOn, load_stream
 from vicc.synthetic import make_moving_shapes
 from vicc.trainer import MethodSpec, VICC
@@ -51,7 +53,7 @@ def trained(recipe, run):
 def test_batches_and_clips_that_do_not_fit_are_told_before_the_folder_is_taken(recipe, store, cpu, tmp_path):
     lines, run = [], dict(accelerator=cpu, log=lambda line: lines.append(line))
     large = recipe.replace(cross_batch_size=17, clip_length=20)
-    with pytest.raises(ValueError, match='16 videos do not fill one batch of 17 .*single_batch_size and cross_batch_size'): alternate(large, store, tmp_path/'run', **run)
+    with pytest.raises(ValueError, match='16 videos do not fill one batch of 17: .*single_batch_size=16 cross_batch_size=16'): alternate(large, store, tmp_path/'run', **run)
     assert not (tmp_path/'run'/'recipe.yaml').exists()
     alternate(large.replace(cross_batch_size=8, cycles=0), store, tmp_path/'run', **run)
     assert [line for line in lines if 'note' in line] == ['note: 16 of 16 videos are shorter than a clip (20 frames): their first frame is repeated in front']
@@ -145,3 +147,33 @@ def test_fp16_without_a_gpu_is_refused(recipe, store, tmp_path):
     class Half: device, mixed_precision = torch.device('cpu'), 'fp16'
     with pytest.raises(ValueError, match='cannot compute in fp16'): alternate(recipe, store, tmp_path/'run', accelerator=Half())
     assert not (tmp_path/'run').exists()
+
+
+def test_a_batch_that_is_divided_is_described_first(recipe, store, cpu, tmp_path):
+    lines, chunks = [], recipe.replace(accumulate=2, single_batch_size=16, cycles=0)
+    alternate(chunks, store, tmp_path/'run', accelerator=cpu, log=lines.append)
+    assert lines[0] == 'note: batch 16 = 2 chunks × 8 (batch norm sees 8 clips at a time)'
+    assert not any('batch' in line for line in lines[1:])
+
+
+def test_other_frame_rates_are_counted(recipe, store):
+    assert video_remarks(recipe, store.manifest) == []
+    mixed = store.manifest.assign(fps=[25.]*12 + [50., 12.5, 25.2, 0.])
+    [remark] = video_remarks(recipe, mixed)
+    assert remark.startswith('2 of 16 videos do not have the 25 frames a second of most: a clip lasts 0.16 to 0.64 s')
+
+
+def test_a_run_of_before_does_not_go_on_with_other_batches(recipe, store, tmp_path):
+    "Batch sizes were those of each process: with one process nothing changes, several are refused."
+    folder, one = tmp_path/'run', Accelerator(cpu=True)
+    begin_run(recipe, folder, {}, store.manifest, MethodSpec(), one)
+    method = folder/'method.yaml'
+    assert 'batch: of all processes' in method.read_text()
+    method.write_text(method.read_text().replace('batch: of all processes\n', ''))
+    for _ in range(2): begin_run(recipe, folder, {}, store.manifest, MethodSpec(), one)
+    assert 'batch:' not in method.read_text()
+    two = SimpleNamespace(num_processes=2, is_main_process=True, wait_for_everyone=lambda: None)
+    with pytest.raises(ValueError, match='older version, for which a batch size was that of each process'):
+        begin_run(recipe, folder, {}, store.manifest, MethodSpec(), two)
+    begin_run(recipe, tmp_path/'new', {}, store.manifest, MethodSpec(), two)
+    begin_run(recipe, tmp_path/'new', {}, store.manifest, MethodSpec(), two)

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import default_collate
 
 from helpers import STRONG, every_color_op, random_clips, views_of
-from vicc.augment import (ViewSettings, apply_view, center_crop, denormalize, draw_pair, draw_view, flow_images, normalize)
+from vicc.augment import (ViewSettings, apply_view, center_crop, denormalize, random_pair_params, random_view_params, flow_images, normalize)
 from vicc.fast.views import IDENTITY_FACTORS, crop_resize
 
 def test_paper_values():
@@ -32,7 +32,7 @@ def test_draw_keys_shapes_dtypes(strong):
     shapes = {'box': ((4,), 'float32'), 'flip': ((), 'bool'), 'strong': ((), 'bool'), 'order': ((4,), 'int64'),
               'factors': ((4,), 'float32'), 'grey': ((), 'int64'), 'sigma': ((), 'float32')}
     for seed in range(30):
-        view = draw_view(ViewSettings(), 240, 320, strong, np.random.default_rng(seed))
+        view = random_view_params(ViewSettings(), 240, 320, strong, np.random.default_rng(seed))
         assert {k: (v.shape, str(v.dtype)) for k, v in view.items()} == shapes
         assert sorted(view['order']) == [0, 1, 2, 3] and bool(view['strong']) == strong
 
@@ -42,12 +42,12 @@ def test_draws_repeat_and_always_take_as_many_numbers():
     for settings in (ViewSettings(**values) for values in options):
         first, second = np.random.default_rng(3), np.random.default_rng(3)
         for _ in range(20):
-            (one, a), (other, b) = draw_pair(settings, 37, 91, first), draw_pair(settings, 37, 91, second)
+            (one, a), (other, b) = random_pair_params(settings, 37, 91, first), random_pair_params(settings, 37, 91, second)
             assert one == other and all(np.array_equal(x[k], y[k]) for x, y in zip(a, b) for k in x)
         second = np.random.default_rng(3)
         second.random(20 * 73)
         assert first.random() == second.random()
-    weak, strong = (draw_view(ViewSettings(), 240, 320, s, np.random.default_rng(9)) for s in (False, True))
+    weak, strong = (random_view_params(ViewSettings(), 240, 320, s, np.random.default_rng(9)) for s in (False, True))
     assert np.array_equal(weak['box'], strong['box']) and weak['flip'] == strong['flip']
 
 
@@ -55,14 +55,14 @@ def test_draws_repeat_and_always_take_as_many_numbers():
 def test_boxes_inside(height, width):
     rng = np.random.default_rng(0)
     for _ in range(200):
-        top, left, h, w = draw_view(ViewSettings(), height, width, False, rng)['box']
+        top, left, h, w = random_view_params(ViewSettings(), height, width, False, rng)['box']
         assert top >= 0 and left >= 0 and h >= 1 and w >= 1 and top + h <= height and left + w <= width
 
 
 def test_probabilities():
     rng = np.random.default_rng(1)
     settings = ViewSettings(strong=.6, one_clip=.2, flip=.9, jitter=.3, grey=.7, blur=.1)
-    pairs = [draw_pair(settings, 40, 40, rng) for _ in range(4000)]
+    pairs = [random_pair_params(settings, 40, 40, rng) for _ in range(4000)]
     one = np.array([p[0] for p in pairs])
     drawn = {}
     for name in ('strong', 'flip', 'grey', 'sigma', 'factors'):
@@ -79,6 +79,7 @@ def test_probabilities():
     assert set(np.unique(drawn['grey'])) == {-1, 0, 1, 2}
 
 
+@pytest.mark.filterwarnings('ignore:all values of these clips are 0')
 @pytest.mark.parametrize('stream, flow_as_image', [('rgb', False), ('flow', False), ('flow', True)])
 def test_all_frames_alike_and_range(stream, flow_as_image):
     settings = replace(STRONG, flow_as_image=flow_as_image)
@@ -167,7 +168,7 @@ def test_autocast_does_not_coarsen_views():
 
 def test_collated_pair_through_default_collate():
     rng = np.random.default_rng(0)
-    one_clip, views = default_collate([draw_pair(STRONG, 40, 40, rng) for _ in range(5)])
+    one_clip, views = default_collate([random_pair_params(STRONG, 40, 40, rng) for _ in range(5)])
     assert one_clip.shape == (5,) and one_clip.dtype == torch.bool and len(views) == 2
     assert apply_view(random_clips(5, 2, 40, 40, 3), views[1], STRONG).shape == (5, 3, 2, 24, 24)
 
@@ -180,6 +181,17 @@ def test_misuse_is_explained():
                         (lambda: ViewSettings(size=0), 'size=0: give .* at least 1 pixel'),
                         (lambda: center_crop(torch.tensor([[40, 50]]), 60), 'crop of 60 does not fit')):
         with pytest.raises(ValueError, match=words): call()
+
+
+def test_floats_cast_to_bytes_are_a_warning(recwarn):
+    clips, view = random_clips(2, 2, 40, 40, 3), views_of(STRONG, 2, 40, 40)
+    apply_view(clips, view, STRONG)
+    dark = torch.zeros_like(clips)
+    dark[1, 1, 0, 0] = 2  # one pixel of a dark clip
+    apply_view(dark, view, STRONG)
+    assert not recwarn
+    with pytest.warns(UserWarning, match='0 or 1.*black, or floats') as caught: apply_view((clips/255).to(torch.uint8), view, STRONG)
+    assert caught[0].filename == __file__
 
 
 def test_center_crop():

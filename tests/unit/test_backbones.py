@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import GOLDEN, golden_weights
 from vicc.backbones import (
-    BACKBONES, PAPER_NAMES, FeatureGate, SeparableConv, TorchvisionBackbone, create_backbone, list_backbones, register_backbone,
+    BACKBONES, PAPER_LAYER_NAMES, FeatureGate, TemporalSeparableConv, TorchvisionBackbone, create_backbone, list_backbones, register_backbone,
 )
 
 RELEASED = json.loads((GOLDEN/'official_state_dict_keys.json').read_text())['backbones']
@@ -101,7 +101,7 @@ def test_released_weights_load_inside_a_larger_network():
     given = set(released)
     network.load_state_dict(released)
     assert set(released) == given, 'the dictionary of the caller was changed'
-    for place in PAPER_NAMES:
+    for place in PAPER_LAYER_NAMES:
         key = next(key for key in weights if key.startswith(f'{place}.') and key.endswith('weight'))
         assert torch.equal(network['backbone'].state_dict()[key], weights[key])
     for name in ('Conv_1a', 'block1.0'): del released[f'backbone.{name}.conv1.weight']
@@ -261,14 +261,14 @@ def test_mvit_wants_its_clip_size():
 
 
 def test_multiply_adds_by_hand():
-    layer = SeparableConv(3, 4)
+    layer = TemporalSeparableConv(3, 4)
     assert count_multiply_adds(layer, (1, 3, 2, 5, 5)) == 2*5*5*(3*3*3*4 + 3*4*4)
     assert count_multiply_adds(create_backbone('s3d'), (1, 3, 64, 224, 224)) == pytest.approx(71.9e9, rel=1e-3)
 
 
 def test_unknown_names_and_options():
     with pytest.raises(ValueError, match="did you mean 'r21d'.*torchvision:swin3d_t"): create_backbone('r2d1')
-    with pytest.raises(ValueError, match="backbone 's3d', options.*gating"): create_backbone('s3d', gating=True)
+    with pytest.raises(ValueError, match="backbone 's3d', backbone_options.*gating"): create_backbone('s3d', gating=True)
     with pytest.raises(ValueError, match='shorter'): create_backbone('small', temporal_strides=(1, 1))
 
 

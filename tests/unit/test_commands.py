@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from vicc.alternation import main as train
-from vicc.commands import evaluate_command, evaluate_files, evaluation_remarks
+from vicc.augment import IMAGENET_MEAN, IMAGENET_STD
+from vicc.backbones import BACKBONES, create_backbone
+from vicc.commands import evaluate_command, evaluate_files, evaluation_remarks, trained_on_remarks
+from vicc.engine.io import find_project
 from vicc.prepare import STREAMS, prepare
 from vicc.recipe import Recipe
-from vicc.streams import Stream, export_released, save_stream
+from vicc.streams import Stream, export_released, load_stream, save_stream
 from vicc.synthetic import make_moving_shapes
 
 
@@ -83,7 +86,7 @@ def test_what_the_numbers_cannot_show_is_said(store, shapes, remark, change):
 def test_other_clips_than_the_stream_was_trained_on_are_noted(words, capsys):
     streams, flags = words
     flags = flags | {'--recipe': 'demo'}
-    values = argparse.Namespace(streams=streams[:1], output=None, device='cpu', cache=None, released=None, modality=None, **{name[2:]: value for name, value in flags.items()})
+    values = argparse.Namespace(streams=streams[:1], output=None, device='cpu', cache=None, released=None, modality=None, encoder=[], **{name[2:]: value for name, value in flags.items()})
     values.recipe = os.path.join(os.path.dirname(values.store), 'longer.yaml')
     Recipe.read('demo', clip_length=6).write(values.recipe)
     assert 'rgb was trained on other clips' in evaluate_files(values).remarks.iloc[0]
@@ -119,6 +122,35 @@ def test_recordings_on_both_sides_are_noted_once(words, shapes, tmp_path, capsys
     evaluate_command([words[0][0], *(word for pair in flags.items() for word in pair)])
     assert capsys.readouterr().out.count('1 groups have videos in both manifests, such as g1') == 1
     assert not [warning for warning in recwarn if 'groups' in str(warning.message)]
+
+
+THEIRS = """
+from torch import nn
+from vicc.encoders import VideoEncoder
+def colour(): return nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten())  # clips of the recipe
+def own(): return VideoEncoder(lambda clips: clips.mean((2, 3, 4)), 4, 2, size=12, resize=16, mean=(0, 0, 0), std=(1, 1, 1))
+def frames(): return nn.Flatten(2)
+"""
+
+
+def test_any_encoder_beside_the_streams(words, tmp_path, capsys, monkeypatch):
+    streams, flags = words
+    (tmp_path/'their_nets.py').write_text(THEIRS)
+    monkeypatch.chdir(tmp_path)
+    flags = [word for pair in (flags | {'--output': str(tmp_path/'table.csv')}).items() for word in pair]
+    evaluate_command([streams[0], '--encoder', 'their_nets:colour', '--encoder', 'their_nets:own', *flags])
+    table = pd.read_csv(tmp_path/'table.csv', index_col=0)
+    assert list(table.index) == ['rgb', 'their_nets:colour', 'their_nets:own'] and table[['R@1', 'R@50', 'quick probe']].notna().all().all()
+    assert 'their_nets:own' in capsys.readouterr().out
+    refused = {('their_nets:frames',): r'--encoder their_nets:frames: the encoder returns \[2, 3, 8192\] for 2 clips, 8 frames of 32×32 pixels: features must be',
+               ('their_nets:own', '--cache', 'kept'): r'--encoder their_nets:own: a function that is no module needs a name for the cache',
+               ('their_nets:nothing',): r"--encoder their_nets:nothing: .*nothing", ('nowhere:net',): 'No module named'}
+    for (name, *more), text in refused.items():
+        with pytest.raises(SystemExit) as stopped: evaluate_command([streams[0], '--encoder', name, *more, *flags])
+        printed = capsys.readouterr()
+        assert stopped.value.code == 2 and re.search(text, printed.err) and len(printed.err.splitlines()) == 1 and not printed.out
+    with pytest.raises(SystemExit): evaluate_command(flags)
+    assert 'or --encoder module:function, or --released FILE' in capsys.readouterr().err
 
 
 def test_a_released_file_is_audited(words, shapes, tmp_path, capsys):
@@ -182,3 +214,76 @@ def test_a_wrong_command_line_ends_in_one_line(words, message, capsys):
     with pytest.raises(SystemExit) as ended: train(['--manifest', 'm.csv', '--output', 'o', *words])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and re.search(message, error) and len(error.splitlines()) == 1, error
+
+
+DEMO = find_project(__file__)/'nbs'/'recipes'/'demo.yaml'
+OWN_CODE = '''
+from torch import nn
+from vicc.trainer import Trainer
+
+class Mean(nn.Module):
+    "Mean colour of a clip."
+    def __init__(self, width):
+        super().__init__()
+        self.num_features, self.layer = width, nn.Conv3d(3, width, 1)
+    def forward(self, clips): return self.layer(clips).mean((2, 3, 4))
+
+class Counting(Trainer):
+    calls = 0
+    def assign(self, scores, queue):
+        Counting.calls += 1
+        return super().assign(scores, queue)
+
+def unmarked(width): return Mean(width)
+
+def marked(width) -> nn.Module: return Mean(width)
+'''
+
+
+@pytest.fixture
+def own_code(tmp_path, monkeypatch):
+    "A module of the user's in the current folder, which is forgotten afterwards."
+    (tmp_path/'own_code.py').write_text(OWN_CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    yield
+    sys.modules.pop('own_code', None)
+    for name in ('own_code:Mean', 'own_code:marked'): BACKBONES.pop(name, None)
+
+
+def test_a_backbone_and_a_trainer_of_the_users_need_no_script(own_code, store, shapes, tmp_path, capsys):
+    "Train, go on with it, load; without the module's name in a recipe, no stream imports it."
+    tiny = ['single_epochs_rgb=1', 'single_epochs_flow=1', 'cross_epochs=1', 'single_batch_size=16', 'cross_batch_size=16', 'num_prototypes=4']
+    command = ['--recipe', str(DEMO), '--manifest', str(shapes['train']), '--prepared', '--store', str(store.path), '--output', 'run']
+    for cycles, steps in ((0, 4), (1, 8)):  # 32 videos are two batches, for each of two streams
+        train([*command, '--trainer', 'own_code:Counting', '--accept-changes', '--set', 'backbone=own_code:Mean', 'backbone_options={width: 3}', f'cycles={cycles}', *tiny])
+        assert sys.modules['own_code'].Counting.calls == steps
+    saved = tmp_path/'run'/'stages'/'02-rgb-2-cycle-1'/'stream'
+    assert load_stream(saved).num_features == 3
+    with pytest.raises(SystemExit): train([*command, '--set', 'backbone=own_code:Mean', 'backbone_options={width: 3}', 'cycles=1', *tiny])
+    assert "method.yaml is ['name: own_code:Counting'], not ['name: vicc']" in capsys.readouterr().err
+    sys.modules.pop('own_code')
+    BACKBONES.pop('own_code:Mean')
+    for load in (load_stream, Stream.from_pretrained):
+        with pytest.raises(ValueError, match="'own_code:Mean'.*register_backbone"): load(saved)
+    assert 'own_code' not in sys.modules
+    Recipe.read(tmp_path/'run'/'recipe.yaml')
+    assert type(load_stream(saved).backbone) is sys.modules['own_code'].Mean
+
+
+@pytest.mark.parametrize('name, message', [
+    ('own_code:Nothing', "has no attribute 'Nothing'. Start the command in the folder of the module"), ('own_code:unmarked', r'def unmarked\(…\) -> nn.Module'),
+    ('os:system', 'must be a class of torch.nn.Module'), ('own_cod:Mean', "No module named 'own_cod'")])
+def test_a_backbone_that_cannot_be_one_is_refused_before_any_work(own_code, name, message):
+    with pytest.raises(ValueError, match=message): Recipe.read(DEMO, backbone=name)
+    assert create_backbone(Recipe.read(DEMO, backbone='own_code:marked').backbone, width=5).num_features == 5
+
+
+def test_a_stream_that_does_not_say_what_it_saw_is_doubted_by_its_batch_norm():
+    torch.manual_seed(0)
+    stream, still = Stream('small', 4, 8), (128/255 - torch.tensor(IMAGENET_MEAN))/torch.tensor(IMAGENET_STD)
+    with torch.no_grad():
+        for _ in range(50): stream.train().features(still[:, None, None, None] + .1*torch.randn(2, 3, 2, 32, 32))
+    as_rgb, as_flow = (trained_on_remarks(stream, name, 'old', Recipe.read(DEMO)) for name in STREAMS)
+    assert as_flow == ['old does not say whether it saw RGB or flow: it is given flow']
+    assert as_rgb[0].startswith('old does not say whether it saw RGB or flow: it is given rgb, but looks like flow, by the mean colour')

@@ -4,27 +4,29 @@ import shutil
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vicc import audit
-from vicc.audit import audit_retrieval, PUBLISHED_RECALL
+from vicc.audit import ablate_protocol, PUBLISHED_RECALL
 from vicc.augment import ViewSettings, apply_view, center_crop
 from vicc.data import TestClips
-from vicc.engine.cache import split_clips
+from vicc.engine.cache import chunk_ranges
 from vicc.evaluation import (
     cached_features, chance_recall, cosine_similarity, evaluate_stream, extract_features, nearest_neighbours,
-    quick_probe, recall_at_k, retrieval_recall, video_features,
+    quick_probe, recall_at_k, retrieval_recall, two_stream_recall, unit_vectors, video_features,
 )
 from vicc.engine.io import find_project
 from vicc.fast.views import IDENTITY_FACTORS
 from vicc.manifests import OverlapWarning
 from vicc.prepare import STREAMS, prepare
-from vicc.protocols import iter_test_views, one_random_clip, overlap_remarks, released_jitter
+from vicc.protocols import iter_test_views, one_random_clip, overlap_remarks, released_jitter_params, search_gallery
 from vicc.recipe import Recipe
 from vicc.streams import Stream, TrainedOn, export_released
 from vicc.synthetic import make_moving_shapes
@@ -111,6 +113,62 @@ def test_one_query_and_one_gallery_video_have_neighbours():
     assert cosine_similarity(gallery[:1], 2*gallery[:1]).item() == pytest.approx(1, abs=1e-6)
 
 
+def test_few_queries_are_centred_by_the_gallery():
+    "Two near-identical queries minus their own mean are noise, opposite to each other."
+    g = torch.Generator().manual_seed(0)
+    gallery = torch.randn(200, 32, generator=g) + 5
+    twins = gallery[[7, 7]] + .1*torch.randn(2, 32, generator=g)
+    assert nearest_neighbours(twins, gallery, 1)[0].flatten().tolist() == [7, 7]
+    own_mean = cosine_similarity(twins, gallery)  # R@k keeps the paper's way
+    assert own_mean.argmax(1).tolist() != [7, 7] and torch.equal(cosine_similarity(twins, gallery, 'gallery').argmax(1), torch.tensor([7, 7]))
+    for count, centred in ((9, 'gallery'), (10, True)):
+        index, cosines = nearest_neighbours(gallery[:count], gallery, 3)
+        assert torch.equal(cosines, cosine_similarity(gallery[:count], gallery, centred).topk(3, dim=1).values) and index.shape == (count, 3)
+
+
+def test_more_neighbours_than_videos_are_announced():
+    features = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match='k=5, and the gallery has 4 videos: each query gets 4 neighbours'):
+        assert nearest_neighbours(features, features)[0].shape == (4, 4)
+
+
+class LargestTensor(TorchDispatchMode):
+    "Watches what the functions of PyTorch return."
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(each, torch.Tensor): self.numel = max(self.numel, each.numel())
+        return result
+
+
+def test_a_large_search_takes_little_memory():
+    "3,000 × 8,000 cosines are 24 million, and those of Kinetics-400 4.5 billion (18 GB): never more than 2**24 at a time."
+    g = torch.Generator().manual_seed(0)
+    features = {name: {what: torch.randn(count, 4, generator=g) for what, count in (('queries', 3000), ('gallery', 8000))} for name in ('rgb', 'flow')}
+    labels, (queries, gallery) = (torch.arange(3000) % 400, torch.arange(8000) % 400), features['rgb'].values()
+    with LargestTensor() as watch:
+        two_stream_recall(features, *labels)
+        retrieval_recall(queries, labels[0], gallery, labels[1])
+        nearest_neighbours(queries, gallery)
+    assert 2**23 < watch.numel <= 2**24
+    with LargestTensor() as watch: cosine_similarity(queries, gallery)
+    assert watch.numel == 24_000_000
+
+
+def test_a_search_in_parts_has_the_numbers_of_the_whole():
+    g = torch.Generator().manual_seed(0)
+    features = {name: {what: torch.randn(count, 12, generator=g) for what, count in (('queries', 90), ('gallery', 130))} for name in ('rgb', 'flow')}
+    labels = torch.randint(9, (90,), generator=g), torch.randint(9, (130,), generator=g)
+    whole = sum(cosine_similarity(sets['queries'], sets['gallery']) for sets in features.values())
+    assert two_stream_recall(features, *labels) == recall_at_k(whole, *labels)
+    pairs = [unit_vectors(sets['queries'], sets['gallery']) for sets in features.values()]
+    for most in (1, 1000, 10**9):
+        cosines, index = search_gallery(pairs, 7, most)
+        assert torch.equal(index, whole.topk(7).indices) and torch.allclose(cosines, whole.topk(7).values, atol=1e-6)
+
+
 def test_quick_probe_repeats_itself():
     blobs, labels = torch.randn(60, 5), torch.arange(60) % 3
     sets = blobs[:40], labels[:40], blobs[40:], labels[40:]
@@ -157,7 +215,7 @@ def test_feature_of_a_film_takes_the_clips_that_the_stream_was_trained_on(tmp_pa
     assert torch.equal(video_features(recorded, tmp_path/'film.mp4'), given)
     assert torch.equal(video_features(recorded, tmp_path/'film.mp4', 8, 1, 32), video_features(plain, tmp_path/'film.mp4', 8, 1, 32))
     assert not torch.equal(video_features(plain, tmp_path/'film.mp4'), given)
-    with pytest.raises(ValueError, match='trained on flow, not on rgb: give it flow clips, which vicc prepare makes'):
+    with pytest.raises(ValueError, match='trained on flow, not on rgb: give it flow clips of a store \(vicc evaluate: flow=PATH'):
         video_features(flow, tmp_path/'film.mp4')
 
 
@@ -184,7 +242,7 @@ def test_a_killed_evaluation_goes_on_and_nothing_stale_is_used(store, rows, tmp_
         asked.append(1)
         if len(asked) > 9: raise RuntimeError('killed')
         return read(*arguments)
-    assert len(split_clips(clips, 10)) > 2
+    assert len(chunk_ranges(clips, 10)) > 2
     clips.frames.read = unplug
     with pytest.raises(RuntimeError, match='killed'): cached_features(stream, clips, tmp_path, **kept)
     clips.frames.read = read
@@ -279,7 +337,7 @@ def test_released_jitter_is_drawn_once_a_video_for_three_in_ten(store, rows):
         changed = (plain != moved).flatten(1).any(1)
         assert all(len(changed[videos == video].unique()) == 1 for video in videos.unique())
     assert len(clips.rows) == 32 and 3 <= sum(changed[videos == video][0] for video in videos.unique()) <= 17  # p 0.3
-    shares = [(released_jitter(0, video)['factors'] != released_jitter(0, video)['factors'].new_tensor(IDENTITY_FACTORS)).any() for video in range(3000)]
+    shares = [(released_jitter_params(0, video)['factors'] != released_jitter_params(0, video)['factors'].new_tensor(IDENTITY_FACTORS)).any() for video in range(3000)]
     assert abs(np.mean(shares) - .3) < 4*(.3*.7/3000)**.5
 
 
@@ -337,7 +395,7 @@ def test_an_audit_moves_what_it_should(store, rows, tmp_path, modality, monkeypa
         asked.append((len(gallery), options.get('released', []), options['crop'], stream.trained_on.flow_channels))
         return evaluate_stream(stream, name, gallery, queries, **options)
     monkeypatch.setattr(audit, 'evaluate_stream', evaluate)
-    table = audit_retrieval(path, modality, gallery, queries, (1, 5), size=32, crop=None, probe_epochs=1)
+    table = ablate_protocol(path, modality, gallery, queries, (1, 5), size=32, crop=None, probe_epochs=1)
     numbers, features = evaluate_stream(stream, modality, gallery, queries, 32, None, (1, 5), 1)
     assert dict(table.loc['as here', ['R@1', 'R@5']]) == pytest.approx({name: numbers[name] for name in ('R@1', 'R@5')})
     both = ['one_clip_gallery', 'test_jitter']
@@ -363,3 +421,12 @@ except ImportError: print('needed here')
 """
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout == 'needed here\n', run.stderr[-1000:]
+
+
+def test_what_makes_other_features_is_refused():
+    clips = SimpleNamespace(stream='flow')
+    with pytest.raises(ValueError, match='train mode'): extract_features(Stream('small', 6, 8).train().features, clips)
+    stream = Stream('small', 6, 8, trained_on={'modality': 'rgb'}).eval()
+    with pytest.raises(ValueError, match='trained on rgb'): extract_features(stream.features, clips)
+    with pytest.raises(ValueError, match=r'features\[None\]'): nearest_neighbours(torch.ones(4), torch.ones(3, 4))
+    with pytest.raises(ValueError, match='with one F'): nearest_neighbours(torch.ones(2, 4), torch.ones(3, 5))

@@ -137,7 +137,7 @@ def test_threads_change_nothing(name):
     for count in (1, 2, 3, 4):
         cv2.setNumThreads(count)
         assert cv2.getNumThreads() == count
-        flows.append(vf.METHODS[name](previous, following))
+        flows.append(vf.FLOW_METHODS[name](previous, following))
     assert all(np.array_equal(flow, flows[0]) for flow in flows)
 
 
@@ -152,7 +152,7 @@ def test_a_small_frame_leaves_no_trace():
 @pytest.mark.parametrize('size', [(16, 16), (17, 33), (40, 40), (64, 64), (90, 16)])
 @pytest.mark.parametrize('name', ['tvl1', 'torch', 'farneback', 'dis'])
 def test_small_frames(name, size):
-    method = (lambda a, b: vf.tvl1(a, b, backend='torch')) if name == 'torch' else vf.METHODS[name]
+    method = (lambda a, b: vf.tvl1(a, b, backend='torch')) if name == 'torch' else vf.FLOW_METHODS[name]
     flow = method(*moving(6, *size, 1, 0))
     assert flow.shape == (1, 2, *size) and flow.dtype == np.float32
     assert np.allclose(np.median(flow, axis=(0, 2, 3)), [1, 0], atol=0.15)
@@ -171,7 +171,7 @@ def test_arrays_that_are_not_contiguous():
     previous, following = moving(7, 40, 56, 1, 1)
     turned = [np.ascontiguousarray(frames[:, ::-1, ::-1])[:, ::-1, ::-1] for frames in (previous, following)]
     for name in ('tvl1', 'farneback', 'dis'):
-        assert np.array_equal(vf.METHODS[name](*turned), vf.METHODS[name](previous, following))
+        assert np.array_equal(vf.FLOW_METHODS[name](*turned), vf.FLOW_METHODS[name](previous, following))
     quick = dict(backend='torch', warps=1)
     assert np.array_equal(vf.tvl1(*turned, **quick), vf.tvl1(previous, following, **quick))
 
@@ -179,10 +179,10 @@ def test_arrays_that_are_not_contiguous():
 @pytest.mark.parametrize('name', ['tvl1', 'farneback', 'dis'])
 def test_tensors_in_tensors_out(name):
     previous, following = (torch.from_numpy(frames) for frames in moving(8, 32, 48, 1, 1))
-    flow = vf.METHODS[name](previous, following)
+    flow = vf.FLOW_METHODS[name](previous, following)
     assert isinstance(flow, torch.Tensor) and flow.dtype == torch.float32
-    assert np.array_equal(flow.numpy(), vf.METHODS[name](previous.numpy(), following.numpy()))
-    with pytest.raises(ValueError, match='both be tensors'): vf.METHODS[name](previous, following.numpy())
+    assert np.array_equal(flow.numpy(), vf.FLOW_METHODS[name](previous.numpy(), following.numpy()))
+    with pytest.raises(ValueError, match='both be tensors'): vf.FLOW_METHODS[name](previous, following.numpy())
 
 
 def test_median_filter():

@@ -306,7 +306,7 @@ def test_class_tables_and_descriptions():
     for rows in tables.values(): assert [int(row['label']) for row in rows] == list(range(len(rows)))
     assert len(tables['hmdb51']) == 51 and [row['class_name'] for row in tables['hmdb51']] == sorted(row['class_name'] for row in tables['hmdb51'])
     for name in ('ucf101', 'hmdb51', 'kinetics400', 'ut_interaction', 'moving_shapes'):
-        about = manifests.DATASETS[name]
+        about = manifests.DATASET_INFO[name]
         assert {'title', 'page', 'licence', 'layout', 'siblings', 'make', 'videos', 'classes', 'splits', 'format'} <= set(about)
         if 'class_names' in about: assert len((folder/about['class_names']).read_text(encoding='utf-8').splitlines()) == about['classes'] + 1
 
@@ -337,8 +337,8 @@ def test_large_table_is_quick(tmp_path):
     (dict(video=['a.mp4', 'b.mp4'], label=['-2', '0']), "row 2, column label: '-2' is not a whole number from -1 to 1000000"),
     (dict(video=['a.mp4', 'b.mp4'], label=['1e12', '0']), "row 2, column label: '1e12' is not a whole"),
     (dict(video=['a.mp4', 'b.mp4'], fps=['inf', '0']), "row 2, column fps: 'inf' is not a number from 0"),
-    (dict(video=['a.mp4', 'b.mp4'], label=[0, 0], class_name=['run', 'Run']), "row 3, column class_name: 'Run' differs from an earlier row"),
-    (dict(video=['a.mp4', 'b.mp4'], label=[0, 1], class_name=['run', 'run']), 'row 3, column label: 1 differs from an earlier row'),
+    (dict(video=['a.mp4', 'b.mp4'], label=[0, 0], class_name=['run', 'Run']), "row 3, column class_name: label 0 is 'Run' here, and 'run' in an earlier row: make them the same"),
+    (dict(video=['a.mp4', 'b.mp4'], label=[0, 1], class_name=['run', 'run']), "row 3, column label: class_name 'run' is 1 here, and 0 in an earlier row"),
     (dict(path=['a.mp4']), r'no column video \(but path\)'), (dict(video=[]), 'has no rows')])
 def test_wrong_tables(columns, message):
     with pytest.raises(ValueError, match=message): manifests.check_manifest(pd.DataFrame(columns))
@@ -413,7 +413,16 @@ def test_splits_by_group():
     for wrong, message in ((dict(test_groups=['99']), r"unknown: \['99'\]"), (dict(test_groups=[]), '0 of 24 videos'), (dict(test_fraction=1.), 'test_fraction=1.0 must be between 0 and 1')):
         with pytest.raises(ValueError, match=message): manifests.split_manifest(own, **wrong)
     with pytest.raises(ValueError, match='class 0 has a single group'): manifests.split_manifest(own[:2])
-    for other, message in ((test.assign(class_name='act ' + test.class_name), r"test manifest .*: row 2, column class_name: 'act c0' differs"),
-                           (test.assign(label=test.label + 10), 'row 2, column label: 10 differs'), (own, '18 videos are in both manifests')):
+    for other, message in ((test.assign(class_name='act ' + test.class_name), "test manifest: row 2, column class_name: label 0 is 'act c0' here, and 'c0' in the training manifest: number the classes alike"),
+                           (test.assign(label=test.label + 10), "row 2, column label: class_name 'c0' is 10 here, and 0 in the training manifest"), (own, '18 videos are in both manifests')):
         with pytest.raises(ValueError, match=message): manifests.check_train_test(train, other)
     with pytest.warns(UserWarning, match='12 groups have videos in both manifests, such as 00: siblings'): manifests.check_train_test(own[::2], own[1::2])
+
+
+def test_tables_of_which_one_counts_from_1_are_told_apart_by_their_folders():
+    videos = [f'{name}/{number}.mp4' for name in 'abc' for number in range(2)]
+    train = manifests.check_manifest(pd.DataFrame(dict(video=videos, label=[0, 0, 1, 1, 2, 2])))
+    test = manifests.check_manifest(pd.DataFrame(dict(video=['a/8.mp4', 'b/8.mp4'], label=[1, 2])))  # c is missing: the ranges agree
+    with pytest.raises(ValueError, match='folder a have label 0 in the training manifest, 1 in the test manifest.*count from 1'):
+        manifests.check_train_test(train, test)
+    manifests.check_train_test(train, manifests.check_manifest(test.assign(label=[0, 1], class_name=['0', '1'])))

@@ -20,7 +20,7 @@ from test_video import noise, turned, write_sound
 from vicc import prepare as module
 from vicc.flow import dequantise
 from vicc.manifests import folder_manifest, read_manifest
-from vicc.prepare import PrepareSettings, Store, prepare, prepare_video, stored_frames
+from vicc.prepare import PrepareSettings, Store, prepare, prepare_video, decode_for_store
 from vicc.synthetic import make_moving_shapes
 from vicc.video import VideoWriter, read_frames, write_video
 
@@ -50,9 +50,9 @@ def holed(data, at=1/3, size=1/6):
 
 # --- odd videos
 
-@pytest.mark.parametrize('name, value', [('short_side', 8), ('short_side', True), ('short_side', '240'), ('flow_bound', float('nan')), ('rgb_quality', -1), ('preset', 3), ('preset', [])])
+@pytest.mark.parametrize('name, value', [('short_side', 8), ('short_side', True), ('short_side', '240'), ('flow_bound', float('nan')), ('flow_bound', float('inf')), ('rgb_quality', -1), ('rgb_quality', 99), ('flow_quality', 52), ('fps', 241), ('preset', 3), ('preset', [])])
 def test_settings_that_cannot_work(name, value):
-    with pytest.raises(ValueError, match=f'{name}=.* is not (one of|a number of at least)'): PrepareSettings(**{name: value})
+    with pytest.raises(ValueError, match=f'{name}=.* is not (one of|a number from)'): PrepareSettings(**{name: value})
 
 def test_settings_have_a_hash():
     assert PrepareSettings().hash == PrepareSettings(short_side=240).hash != PrepareSettings(flow_bound=5).hash
@@ -119,7 +119,7 @@ def test_cut_off_file_is_used_up_to_there(tmp_path, suffix):
     assert 50 < facts['num_frames'] < 70
     if suffix != '.mkv': assert 'damaged after' in facts['note']
     else: assert re.fullmatch(rf'ends after 2.\d+ s, {facts["num_frames"]} of about 100 frames: the file announces 4 s', facts['note'])
-    kept = np.stack(list(stored_frames(tmp_path/f'b{suffix}', PrepareSettings(64), [])))
+    kept = np.stack(list(decode_for_store(tmp_path/f'b{suffix}', PrepareSettings(64), [])))
     assert np.array_equal(kept, whole[:len(kept)])  # no invented, no smeared frame
 
 def test_damage_in_the_middle(tmp_path):
@@ -245,24 +245,26 @@ def test_damaged_files_of_a_store_are_made_again(shapes, whole, tmp_path):
     for video in videos[5:]: assert (rgb/video).stat().st_mtime_ns == times[rgb/video]
 
 def test_a_note_survives_a_killed_run(tmp_path):
-    write_video(tmp_path/'a.avi', noise(100, 64, 64))
-    (tmp_path/'a.avi').write_bytes((tmp_path/'a.avi').read_bytes()[:-10000])
-    rows = pd.DataFrame(dict(video=['a.avi']))
-    first = prepare(rows, tmp_path, tmp_path/'store', SETTINGS, **QUIET)
+    rows, videos = pd.DataFrame(dict(video=['a.avi'])), tmp_path/'videos'
+    videos.mkdir()
+    write_video(videos/'a.avi', noise(100, 64, 64))
+    (videos/'a.avi').write_bytes((videos/'a.avi').read_bytes()[:-10000])
+    first = prepare(rows, videos, tmp_path/'store', SETTINGS, **QUIET)
     (tmp_path/'store'/'manifest.csv').unlink()  # as if it had been killed before the end
-    again = prepare(rows, tmp_path, tmp_path/'store', SETTINGS, **QUIET)
+    again = prepare(rows, videos, tmp_path/'store', SETTINGS, **QUIET)
     assert again.report['videos_made'] == 0 and again.report['with_a_note'] == 1
     assert 'damaged after' in again.manifest.note[0] == first.manifest.note[0]
 
 def test_a_replaced_source_is_prepared_again(tmp_path):
-    frames = noise(100, 64, 64)
-    for name, part in dict(whole=frames, turned=frames[:, ::-1], other=frames[:20]).items(): write_video(tmp_path/f'{name}.avi', part)
-    whole, turned, source = (tmp_path/'whole.avi').read_bytes(), (tmp_path/'turned.avi').read_bytes(), tmp_path/'a.avi'
+    frames, videos = noise(100, 64, 64), tmp_path/'videos'
+    videos.mkdir()
+    for name, part in dict(whole=frames, turned=frames[:, ::-1], other=frames[:20]).items(): write_video(videos/f'{name}.avi', part)
+    whole, turned, source = (videos/'whole.avi').read_bytes(), (videos/'turned.avi').read_bytes(), videos/'a.avi'
     length = max(len(whole), len(turned))
     whole, turned = whole.ljust(length, b'\0'), turned.ljust(length, b'\0')
     rows = pd.DataFrame(dict(video=['a.avi', 'other.avi']))
     def made(*changes) -> list[int]:
-        store = prepare(rows, tmp_path, tmp_path/'store', WIDE, **QUIET)
+        store = prepare(rows, videos, tmp_path/'store', WIDE, **QUIET)
         return [store.report['videos_made'], *store.manifest.num_frames]
     source.write_bytes(whole[:-10000])
     first = made()
@@ -286,6 +288,24 @@ def test_flow_beyond_the_bound_is_noted(tmp_path):
     write_video(tmp_path/'a.mp4', noise(6))
     note = prepare_video(tmp_path/'a.mp4', files(tmp_path), replace(SETTINGS, flow_bound=.5))['note']
     assert re.fullmatch(r'[67]\d% of the flow is clipped at flow_bound=0.5', note)
+
+def test_what_is_no_store_is_left_alone(shapes, whole, tmp_path):
+    "Refused before anything is written: a folder of videos or with files of others as the store, and shares above 1."
+    videos = Path(shapes['videos'])
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'manifest.csv').write_text('video,label\nmine.mp4,3\n')
+    shutil.copytree(whole.path, tmp_path/'run'/'store')
+    shutil.copytree(whole.path, tmp_path/'again')
+    before = contents(tmp_path)
+    for message, store, options in [
+            ('is in the folder of videos .*: choose a folder outside', videos, {}), ('is in the folder of videos', videos/'new'/'store', {}),
+            (r'mine holds manifest.csv and is no store \(there is no settings.json\), so nothing is written over it', tmp_path/'mine', {}),
+            ('run is no store: give .*run/store$', tmp_path/'run', {}), ('rgb holds the files of the store .* itself', tmp_path/'again', dict(videos=tmp_path/'again'/'rgb')),
+            ('max_failed=5 is no share from 0 to 1: 5 % is 0.05', tmp_path/'new', dict(max_failed=5)), ('max_failed=nan', tmp_path/'new', dict(max_failed=float('nan')))]:
+        with pytest.raises(ValueError, match=message): prepare(shapes['train'], **dict(videos=videos, store=store, settings=SETTINGS) | options | QUIET)
+    assert contents(tmp_path) == before and not (videos/'new').exists() and not (tmp_path/'new').exists() and not list(videos.glob('*.*'))
+    for folder, message in ((tmp_path/'run', 'run is not a finished store .*: give .*run/store'), (tmp_path/'new', 'no settings.json in it.: give the folder that vicc prepare has made')):
+        with pytest.raises(FileNotFoundError, match=message): Store(folder)
 
 def test_a_store_that_lacks_videos_says_so(shapes, whole):
     rows = read_manifest(shapes['train'])
@@ -369,7 +389,7 @@ def test_a_kill(tmp_path):
 @needs_samples
 def test_stored_tvl1_is_close_to_the_measured_one(tmp_path):
     source = shared/'official_samples'/'ucf101'/'SoccerJuggling'/'v_SoccerJuggling_g23_c01.avi'
-    frames = np.stack([frame for frame, _ in zip(stored_frames(source, PrepareSettings(120), []), range(6))])
+    frames = np.stack([frame for frame, _ in zip(decode_for_store(source, PrepareSettings(120), []), range(6))])
     write_video(tmp_path/'short.mp4', frames, crf=0, pixel_format='yuv444p')
     prepare_video(tmp_path/'short.mp4', files(tmp_path), PrepareSettings())
     wanted = module.compute_flow(read_frames(tmp_path/'short.mp4'), 'tvl1').clip(-20, 20)

@@ -7,7 +7,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from vicc.augment import ViewSettings
-from vicc.recipe import Recipe, stage_keys
+from vicc.recipe import Recipe, stage_keys, suggest_recipe
 from vicc.trainer import StageConfig
 
 from vicc.engine.io import find_project, HOST
@@ -101,7 +101,7 @@ def test_store_grown_with_other_settings(shapes, store):
 def test_store_grown_with_other_class_names(shapes, store):
     rows = read_manifest(shapes['test'])
     other = rows.assign(class_name='act ' + rows.class_name)
-    with pytest.raises(ValueError, match="column class_name: 'act slide_x' differs from an earlier row with the same label"):
+    with pytest.raises(ValueError, match="column class_name: label 0 is 'act slide_x' here, and 'slide_x' in the store's manifest"):
         prepare(other, shapes['videos'], store.path, SETTINGS)
     assert len(Store(store.path).manifest) == 2
 
@@ -140,3 +140,24 @@ def test_recipe_and_configs_have_the_same_defaults_and_ranges():
     for name, facts in TypeAdapter(StageConfig).json_schema()['properties'].items():
         if 'anyOf' in facts or 'enum' in facts: continue  # schedule_epochs, gradient_views: written in another way
         for key in keys[name]: assert least(schema[key]) == least(facts) and schema[key]['type'] == facts['type'], key
+
+@pytest.mark.parametrize('gpus', [1, 3, 4, 8, 32])
+@pytest.mark.parametrize('clips', [1600, 9537, 240_000])
+def test_a_suggested_recipe_fits_clips_and_gpus(clips, gpus):
+    recipe, table = suggest_recipe(clips, gpus)
+    for stage in recipe.plan():
+        stage.settings.divide_batch(gpus)
+        assert 0 < stage.settings.batch_size//gpus//stage.settings.accumulate <= 48 and stage.settings.batch_size*25 <= clips
+        assert stage.settings.queue_length % gpus == 0 and stage.settings.queue_start_epoch < stage.settings.epochs
+    assert recipe.num_prototypes <= max(2, clips/31) and (table.why.str.len() > 5).all()
+    assert {name: getattr(recipe, name) for name in table.index} == table.value.to_dict()
+    paper = Recipe.read('ucf101_s3d')
+    assert all(getattr(recipe, name) == value for name, value in paper.model_dump().items() if name not in table.index)
+
+def test_suggestions_are_the_papers_where_the_paper_was(tmp_path):
+    assert suggest_recipe(9537, 4)[0] == Recipe.read('ucf101_s3d')
+    one = suggest_recipe(9537, 1)[0]
+    assert one == Recipe.read('ucf101_s3d', accumulate=4)
+    one.write(tmp_path/'mine.yaml')
+    assert Recipe.read(tmp_path/'mine.yaml') == one
+    with pytest.raises(ValueError, match='49 clips do not give 25 batches'): suggest_recipe(49)

@@ -13,12 +13,12 @@ from accelerate.state import AcceleratorState
 from torch.nn.functional import normalize
 
 from helpers import DEMO, FLOW_STAGE, random_clips, shapes_store, views_of
-from vicc.augment import ViewSettings, apply_view, draw_pair, draw_view
+from vicc.augment import ViewSettings, apply_view, random_pair_params, random_view_params
 from vicc.data import TwoStreamDataset, collate
 from vicc.engine.distributed import embed_shuffled, full_precision
 from vicc.recipe import Recipe
 from vicc.streams import Stream
-from vicc.trainer import OnlineNetwork, StageConfig, Trainer, train_stage
+from vicc.trainer import StudentNetwork, StageConfig, Trainer, train_stage
 
 SMALL = 'small', 6, 8, {'width': 4}
 
@@ -27,7 +27,7 @@ def store(tmp_path_factory): return shapes_store(tmp_path_factory.mktemp('shapes
 
 def draw_views(settings: ViewSettings, count: int, strong: bool = True) -> list[dict]:
     rng = np.random.default_rng(0)
-    return [draw_view(settings, 240, 320, strong, rng) for _ in range(count)]
+    return [random_view_params(settings, 240, 320, strong, rng) for _ in range(count)]
 
 # The recipe
 
@@ -87,7 +87,7 @@ def test_frames_show_their_own_channel():
             assert torch.allclose(grey[clip, :, frame], colours[clip, view['grey'][clip, frame], frame].expand(3, -1, -1), atol=1e-6)
 
 def test_other_choices_of_a_view_stay_as_they_were():
-    plain, released = (draw_pair(ViewSettings(grey_frames=frames), 64, 64, np.random.default_rng(5)) for frames in (0, 8))
+    plain, released = (random_pair_params(ViewSettings(grey_frames=frames), 64, 64, np.random.default_rng(5)) for frames in (0, 8))
     assert plain[0] == released[0]
     for one, two in zip(plain[1], released[1]):
         assert all(np.array_equal(one[name], two[name]) for name in one if name != 'grey') and (one['grey'] < 0) == (two['grey'] < 0).all()
@@ -105,7 +105,7 @@ def shuffled(rank: int, folder: str) -> None:
     stream, views = stream_and_views()
     torch.manual_seed(10 + rank)
     own = list(views[:, 4*rank:4*rank + 4])
-    projections = OnlineNetwork(stream, gradient_views=1, batch_shuffle=True).train()(own, [])[0]
+    projections = StudentNetwork(stream, gradient_views=1, batch_shuffle=True).train()(own, [])[0]
     torch.save(([z.detach() for z in projections], [z.requires_grad for z in projections], stream.state_dict()), f'{folder}/{rank}.pt')
     torch.distributed.destroy_process_group()
 

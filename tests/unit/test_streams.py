@@ -6,23 +6,27 @@ import argparse
 import hashlib
 import json
 import pickle
+import tarfile
 import warnings
 import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from helpers import GOLDEN, golden_weights
-from vicc.backbones import PAPER_NAMES, create_backbone
+from vicc.backbones import PAPER_LAYER_NAMES, create_backbone
 from vicc.data import TestClips
 from vicc.evaluation import evaluate_stream
 from vicc.prepare import PrepareSettings, prepare
 from vicc.streams import (
-    Stream, TrainedOn, describe_released, export_released, load_released, load_stream, read_released, save_stream,
+    Stream, TrainedOn, describe_released, export_released, guess_modality, load_released, load_stream, read_released,
+    save_stream,
 )
 from vicc.synthetic import make_moving_shapes
 
@@ -35,7 +39,7 @@ FEATURES = {'s3d': 1024, 's3dg': 1024, 'r21d': 512}
 def released_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     "Golden weights; S3D's second names get the tensor of the first, as in released files."
     weights = golden_weights(shapes)
-    for place, paper in PAPER_NAMES.items():
+    for place, paper in PAPER_LAYER_NAMES.items():
         for name in list(weights):
             if name.startswith(f'{paper}.'): weights[name] = weights[place + name[len(paper):]]
     return weights
@@ -131,7 +135,7 @@ def test_the_listed_checkpoints_come_back_key_by_key(kind, tmp_path):
     shapes = KEYS['checkpoints'][kind]
     weights = light(shapes)
     for name in weights:  # two names, one tensor
-        for place, paper in PAPER_NAMES.items():
+        for place, paper in PAPER_LAYER_NAMES.items():
             if f'.0.{paper}.' in name: weights[name] = weights[name.replace(f'.0.{paper}.', f'.0.{place}.')]
     torch.save({'epoch': 1, 'state_dict': weights}, tmp_path/'file.pth.tar')
     stream = load_rgb(tmp_path/'file.pth.tar')
@@ -263,6 +267,64 @@ def test_the_unknown_modality_is_said(r21d, write, tmp_path):
     with pytest.warns(UserWarning, match='does not say whether it saw RGB or flow'): export_released(stream, tmp_path/'x')
     assert load_stream(write(r21d), 'flow').trained_on == TrainedOn(modality='flow')
     with pytest.raises(ValueError, match='does not fit .*Input should be .rgb. or .flow.'): load_released(write(r21d), modality='depth')
+
+
+@pytest.mark.parametrize(('colour', 'said', 'wrong'), [((128, 128, 128), 'flow', 'rgb'), ((101, 98, 90), 'rgb', 'flow'), ((128, 138, 128), '', '')])
+def test_a_file_tells_by_the_colour_that_its_first_batch_norm_saw(colour, said, wrong, tmp_path):
+    torch.manual_seed(0)
+    stream = Stream('r21d', 4, 8, trained_on=dict(modality='rgb'))
+    first = torch.nn.Sequential(stream.backbone.conv1.spatial_conv, stream.backbone.conv1.bn)
+    first[1].momentum = None  # the mean of all batches
+    for _ in range(3):
+        pixels = torch.tensor(colour).view(3, 1, 1, 1) + 25*torch.randn(8, 3, 2, 48, 48)
+        with torch.no_grad(): first((pixels/255 - IMAGENET[0])/IMAGENET[1])
+    path = export_released(stream, tmp_path/'file.pth.tar')
+    found, reason = guess_modality(stream.backbone.state_dict())
+    assert found == said and reason.startswith(said or 'RGB or flow, by') and reason in describe_released(path)
+    with pytest.warns(UserWarning, match='a file does not say what it saw.*' + (f'It looks like {said}, by' if said else 'order there$')): load_released(path)
+    if not said: return
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load_released(path, modality=said)
+    with pytest.warns(UserWarning, match=f"modality='{wrong}' is probably wrong. It looks like {said}.*vicc evaluate"):
+        load_released(path, modality=wrong)
+
+
+def test_no_guess_without_a_colour():
+    for module in (torch.nn.Linear(3, 4), torch.nn.Conv3d(3, 8, 1), torch.nn.Sequential(torch.nn.Conv3d(2, 8, 1), torch.nn.BatchNorm3d(8)),
+                   torch.nn.Sequential(torch.nn.Conv3d(3, 8, 1, bias=False), torch.nn.BatchNorm3d(8))):
+        assert guess_modality(module.state_dict()) == ('', 'RGB or flow: a file does not say')
+    broken = torch.nn.Sequential(torch.nn.Conv3d(3, 8, 1, bias=False), torch.nn.BatchNorm3d(8))
+    broken[1].running_mean.fill_(torch.nan)
+    assert guess_modality(broken.state_dict())[0] == ''
+    wide = {'weight': torch.ones(()).expand(8, 3, 10**5, 10**5, 10), 'running_mean': torch.ones(8), 'running_var': torch.ones(8)}
+    assert guess_modality(wide)[0] == guess_modality({**wide, 'weight': torch.ones(8, 3, 1, 1, 1).to_sparse()})[0] == ''
+
+
+def test_model_card(tmp_path, monkeypatch):
+    stream = Stream('small', 6, 8, trained_on=dict(modality='flow', clip_length=8, view_size=32))
+    stream.save_pretrained(tmp_path/'plain')
+    plain = ModelCard.load(tmp_path/'plain'/'README.md')
+    assert plain.data.library_name == 'vicc' and plain.data.license is None and 'No licence of the weights' in plain.text
+    assert 'None' not in plain.text and 'measured' not in plain.text and 'Recipe' not in plain.text and '{' not in plain.text.split('@inproceedings')[0]
+    assert '# Flow encoder' in plain.text and 'modality flow, clip_length 8, stride 1, view_size 32' in plain.text
+    assert 'modality not recorded' in Stream('small', 6, 8).generate_model_card().text
+    uploaded = {}
+    def upload(api, *, repo_id, folder_path, **_):
+        uploaded.update({path.name: path.read_text(errors='replace') for path in Path(folder_path).iterdir()}, id=repo_id)
+        return 'address'
+    monkeypatch.setattr('huggingface_hub.HfApi.create_repo', lambda api, repo_id, **_: argparse.Namespace(repo_id=repo_id))
+    monkeypatch.setattr('huggingface_hub.HfApi.upload_folder', upload)
+    values = dict(data='two drawn videos', metrics={'R@1': .5, 'R@5': 1}, recipe=dict(seed=0, widths=[1, 2]), license='cc-by-4.0')
+    assert stream.push_to_hub('me/flow', model_card_kwargs=values) == 'address'
+    assert set(uploaded) == {'id', 'README.md', 'config.json', 'model.safetensors'} and uploaded['id'] == 'me/flow'
+    card = ModelCard(uploaded['README.md'])
+    assert card.data.license == 'cc-by-4.0' and 'Trained on two drawn videos' in card.text
+    assert '| --- | --- |\n| R@1 | 0.5 |\n| R@5 | 1 |\n' in card.text and '```yaml\nseed: 0\nwidths:\n- 1\n- 2\n```' in card.text
+    monkeypatch.chdir(tmp_path/'plain')
+    found = {}
+    exec(card.text.split('```python\n')[1].split('```')[0], found)  # as a reader would
+    assert found['features'].shape == (1, stream.num_features)
 
 
 @pytest.mark.parametrize('wrap', [
@@ -464,6 +526,59 @@ def test_code_in_a_file_is_not_run(r21d, tmp_path, old):
     assert not ran.exists()
 
 
+def bomb(kind: str) -> dict | list:
+    "A value of a few bytes that asks for work without end, or for very much."
+    if kind == 'pairs': return [nested_pair(60)]  # as a key, hashing it would never end here, either
+    if kind == 'text': return {'x'*20_000: 1}
+    if kind == 'counter': return {'a': Counter(range(9))}
+    return {str(number): None for number in range(3000)}  # instructions
+
+
+def test_a_list_that_stands_twice_is_no_reason_to_refuse(tmp_path):
+    torch.save({'a': (numbers := [1, 2]), 'b': numbers, 'c': [numbers]*5}, tmp_path/'file.pth')
+    assert read_released(tmp_path/'file.pth')['c'] == [[1, 2]]*5
+
+
+def nested_pair(depth: int) -> tuple:
+    "A tuple that holds one tuple twice, which holds one tuple twice, …: 2**depth steps to hash."
+    pair = ()
+    for _ in range(depth): pair = pair, pair
+    return pair
+
+
+@pytest.mark.parametrize('old', [False, True])
+@pytest.mark.parametrize('kind', ['pairs', 'counter', 'instructions', 'text'])
+def test_work_without_end_is_refused_before_it_begins(kind, old, tmp_path, monkeypatch):
+    monkeypatch.setattr('vicc.streams.MAX_INSTRUCTIONS', 5000)
+    path = tmp_path/'bomb.pth.tar'
+    torch.save({'state_dict': bomb(kind)}, path, _use_new_zipfile_serialization=not old)
+    monkeypatch.setattr(torch, 'load', lambda *_, **__: pytest.fail('it was read'))
+    message = 'collections.Counter, which is neither' if kind == 'counter' else 'asks for more work than weights do'
+    with pytest.raises(ValueError, match=f'bomb.pth.tar .*{message}'): read_released(path)
+
+
+def test_what_training_scripts_save_is_no_bomb(tmp_path):
+    "Two groups of Adam share a tuple of betas; a tensor has two names; options and a NumPy score."
+    layers = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)]
+    optimizer = torch.optim.Adam([dict(params=layer.parameters()) for layer in layers])
+    layers[1](layers[0](torch.ones(1, 2))).sum().backward()
+    optimizer.step()
+    weight = layers[0].weight
+    content = dict(epoch=3, state_dict={**layers[0].state_dict(), 'again': weight, 'parameter': weight, **layers[1].state_dict()},
+                   optimizer=optimizer.state_dict(), args=argparse.Namespace(lr=.1, steps=[1, 2]), best_acc=np.float64(.5))
+    for old in (False, True):
+        torch.save(content, tmp_path/'whole.pth.tar', _use_new_zipfile_serialization=not old)
+        again = read_released(tmp_path/'whole.pth.tar')
+        assert again['args'] == content['args'] and again['optimizer']['param_groups'] == content['optimizer']['param_groups']
+
+
+def test_old_archives_are_refused_at_once(tmp_path):
+    with tarfile.open(tmp_path/'2016.pth.tar', 'w', format=tarfile.PAX_FORMAT, pax_headers={'comment': 'x'*10**6}) as archive:
+        archive.addfile(tarfile.TarInfo('storages'))
+    with pytest.raises(ValueError, match='2016.pth.tar is damaged or no PyTorch checkpoint .*no file of torch.save'):
+        read_released(tmp_path/'2016.pth.tar')
+
+
 def test_objects_are_named(r21d, write):
     for value, name in ((argparse.Namespace(path=Path('x')), r'pathlib[\w.]*'), (Path('x'), r'pathlib[\w.]*'),
                         (np.zeros(3), r'numpy[\w.]+')):
@@ -587,3 +702,15 @@ def test_export_of_other_memory_layouts(tmp_path):
     state = torch.load(export_released(stream, tmp_path/'file.pth.tar'), weights_only=True)['state_dict']
     assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in state.values())
     holds(stream, state)
+
+
+def test_what_was_given_in_place_of_a_stream(tmp_path):
+    small = Stream('small', 6, 8)
+    run = tmp_path/'run'/'stages'/'02-rgb-2'
+    save_stream(small, run/'stream')
+    for folder in (run, run.parent, tmp_path/'run'):
+        with pytest.raises(FileNotFoundError, match='02-rgb-2/stream'): load_stream(folder)
+    with pytest.raises(FileNotFoundError, match='folders are for load_stream'): load_released(run/'stream')
+    torch.save(small, tmp_path/'whole.pth')
+    with pytest.raises(ValueError, match=r'save_pretrained\(folder\) writes, for load_stream'): load_released(tmp_path/'whole.pth')
+    with pytest.raises(ValueError, match='built already'): Stream(torch.nn.Linear)

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from vicc.manifests import read_manifest
-from vicc.synthetic import CLASSES, ShapesSettings, draw_scene, make_moving_shapes, render
+from vicc.synthetic import CLASSES, ShapesSettings, random_scene, make_moving_shapes, render
 from vicc.video import probe
 
 TABLE = Path(__file__).parents[2]/'data_manifests'/'moving_shapes.csv'
@@ -22,5 +22,5 @@ def test_table_belongs_to_the_drawn_videos(tmp_path):
 def test_other_frame_sizes():
     settings = ShapesSettings(num_frames=8, height=32, width=48)
     for name in CLASSES:
-        frames = render(draw_scene(name, np.random.default_rng(0), settings))
+        frames = render(random_scene(name, np.random.default_rng(0), settings))
         assert frames.shape == (8, 32, 48, 3) and frames.std() > 5

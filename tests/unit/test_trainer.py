@@ -2,6 +2,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from helpers import FLOW_STAGE as SETTINGS, shapes_store, train_flow as train
 from vicc.augment import ViewSettings
 from vicc.compare.baselines import create_method
 from vicc.data import TwoStreamDataset, collate
-from vicc.trainer import StageConfig, StageMetrics, Trainer
+from vicc.trainer import StageConfig, StageMetrics, Trainer, VICC
 from vicc.streams import Stream
 
 @pytest.fixture(scope='module')
@@ -68,3 +69,22 @@ def test_metrics_of_two_steps_by_hand(cpu):
     numbers = metrics.compute(cpu)
     assert (numbers['loss'], numbers['prototypes_in_use'], numbers['agreement']) == (1.5, 2, .75)
     assert abs(numbers['assignment_entropy'] - math.log(2)) < 1e-6 and abs(numbers['target_entropy'] - math.log(4)/8) < 1e-5
+
+@pytest.mark.parametrize('processes, values, described', [
+    (1, {}, 'batch 192'), (4, {}, 'batch 192 = 4 processes × 48 (batch norm sees 48 clips at a time)'), (8, dict(sync_batchnorm=True), 'batch 192 = 8 processes × 24'),
+    (2, dict(accumulate=2), 'batch 192 = 2 processes × 2 chunks × 48 (batch norm sees 48 clips at a time)'),
+    (4, dict(accumulate=2, sync_batchnorm=True), 'batch 192 = 4 processes × 2 chunks × 24 (batch norm sees 96 clips at a time)')])
+def test_how_a_batch_is_divided(processes, values, described): assert StageConfig(**values).divide_batch(processes) == described
+
+@pytest.mark.parametrize('processes, values, refused', [(5, {}, 'divided among 5 processes: give a multiple of 5'), (4, dict(accumulate=96), 'divided among 4 processes × 96 chunks')])
+def test_batches_that_cannot_be_divided(processes, values, refused):
+    with pytest.raises(ValueError, match=f'a batch of 192 cannot be {refused}'): StageConfig(**values).divide_batch(processes)
+
+def test_checkpoints_say_how_many_clips_each_process_had(store, cpu):
+    "Those of before, whose batch size was that of each process, do not go on with other batches."
+    trainer = Trainer('flow', Stream('small', 6, 8, {'width': 4}), StageConfig(), TwoStreamDataset(store, None, ('flow',), 8), cpu)
+    trainer.method, found = VICC, []
+    for processes in (1, 4):
+        trainer.accelerator = SimpleNamespace(num_processes=processes, mixed_precision='no')
+        found.append(trainer.fingerprint()['processes'])
+    assert found == [1, '4 × 48']

@@ -152,8 +152,33 @@ def test_damaged_files(tmp_path, indices):
     (tmp_path/'empty.mp4').touch()
     (tmp_path/'text.mp4').write_text('hello')
     for name in ('cut', 'hole', 'empty', 'text'):
+        if (name, indices) == ('hole', None): continue  # it is used up to there, with a warning
         with pytest.raises(video.VideoError, match=f'{name}.mp4'): video.read_frames(tmp_path/f'{name}.mp4', indices)
     with pytest.raises(FileNotFoundError, match='gone.mp4'): video.read_frames(tmp_path/'gone.mp4', indices)
+
+
+@pytest.mark.parametrize('suffix', ['.avi', '.ts', '.mp4'])
+def test_a_damaged_film_ends_where_prepare_ends(tmp_path, suffix):
+    "In frames, clips and count, with a warning; the frames are those of the whole file. What comes behind is an error."
+    video.write_video(tmp_path/f'a{suffix}', noise(100, 64, 64), gop=10)
+    data, whole, path = (tmp_path/f'a{suffix}').read_bytes(), video.read_frames(tmp_path/f'a{suffix}'), tmp_path/f'b{suffix}'
+    path.write_bytes(data[:len(data)//2] + (bytes(len(data)//4) + data[len(data)*3//4:] if suffix == '.mp4' else b''))
+    notes = []
+    count = sum(1 for _ in video.undamaged_frames(path, notes.append))
+    assert 20 < count < 60 and [note.split(' (')[0] for note in notes] == [f'damaged after {count} frames']
+    with pytest.warns(UserWarning, match=f'b{suffix}: damaged after {count} frames .*: the rest is left out'): read = video.read_frames(path)
+    assert np.array_equal(read, whole[:count])
+    with pytest.warns(UserWarning, match='damaged after'): assert video.probe(path, count=True).num_frames == count
+    with pytest.warns(UserWarning, match='damaged after'): clips = list(video.iter_clips(path, 8, step=4))
+    assert len(clips) == (count - 8)//4 + 1 and np.array_equal(clips[-1], whole[(count - 8)//4*4:][:8])
+    assert np.array_equal(video.read_frames(path, [count - 1, 3]), whole[[count - 1, 3]])
+    with pytest.raises(video.VideoError, match=f'b{suffix}'): video.read_frames(path, [count])
+
+
+@pytest.mark.parametrize('name, value', [('clip_length', 0), ('stride', 0), ('step', 0), ('step', -15), ('stride', 1.5), ('fps', -1), ('fps', float('nan')), ('fps', 1e9)])
+def test_clips_of_odd_numbers(tmp_path, name, value):
+    video.write_video(tmp_path/'a.mp4', noise(20))
+    with pytest.raises(ValueError, match=f'^{name}={value} .*(no whole number from 1|not from 0 to 240)$'): list(video.iter_clips(tmp_path/'a.mp4', **{name: value}))
 
 
 def write_sound(path):

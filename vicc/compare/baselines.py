@@ -187,8 +187,8 @@ class ContrastiveTrainer(Trainer):
             raise ValueError(f"positives='label' needs the class of every video, and {unlabelled} of "
                              f'{len(self.labels)} have none: leave them out, or choose another method')
         self.mines = self.contrast.positives == 'mined' and teacher is not None
-        batch = settings.batch_size*accelerator.num_processes
-        keys, length = len(dataset.rows)//batch*batch*settings.epochs, self.contrast.key_queue_length
+        batch, length = settings.batch_size, self.contrast.key_queue_length
+        keys = len(dataset.rows)//batch*batch*settings.epochs
         if self.mines and keys <= length:
             raise ValueError(f'the stage has {keys} clips for a queue of {length}, and nothing is learned '
                              'before it is full: lower key_queue_length')

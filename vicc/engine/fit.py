@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMING', 'RunConfig', 'EpochState', 'MetricLogger', 'format_epoch', 'is_collapsed', 'stop_on_collapse',
-           'dataset_fingerprint', 'format_data_errors', 'fit_epoch', 'preserve_buffers_and_rng', 'warmup', 'all_finite',
-           'FitLoop']
+           'dataset_fingerprint', 'format_data_errors', 'fit_epoch', 'preserve_buffers_and_rng', 'compile_and_warm_up',
+           'all_finite', 'FitLoop']
 
 # %% ../../nbs/engine/fit.ipynb #9e25b418
 import copy
@@ -138,8 +138,8 @@ def stop_on_collapse(history: Sequence[Mapping[str, Any]], patience: int) -> Non
         f'{row["stage"]}: collapsed for {patience} epochs (loss {row["loss"]:.3f}, ln K {row["ln_k"]:.3f}; '
         f'{row["prototypes_in_use"]} of {row["num_prototypes"]} prototypes in use; agreement '
         f'{row["agreement"]:.3f}). Lower the learning rate or epsilon, freeze the prototypes for longer, or '
-        'use a queue or larger batches; in another folder. Everything is saved: the same command with '
-        'patience=0 goes on')
+        'use a queue or larger batches; in another folder. nbs/howto/loss_at_ln_k shows how to tell the '
+        'causes apart. Everything is saved: the same command with patience=0 goes on')
 
 # %% ../../nbs/engine/fit.ipynb #adc08647
 def dataset_fingerprint(
@@ -199,7 +199,7 @@ def preserve_buffers_and_rng(network: nn.Module, device: torch.device) -> Iterat
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []): yield
     for name, value in network.named_buffers(): value.copy_(before[name])
 
-def warmup(trainer: Any, loader: EpochLoader, log: Callable[[str], None]) -> None:
+def compile_and_warm_up(trainer: Any, loader: EpochLoader, log: Callable[[str], None]) -> None:
     "Compile before the first step: take three steps (compile, record, replay), then restore everything."
     start = time.monotonic()
     folder = trainer.compile()
@@ -251,7 +251,7 @@ class FitLoop:
         signals = nullcontext(self.preemption) if self.preemption else PreemptionHandler()
         try:
             with signals as self.preemption, loader:
-                if self.run_config.compile and left: warmup(trainer, loader, self.log)
+                if self.run_config.compile and left: compile_and_warm_up(trainer, loader, self.log)
                 for epoch in left:
                     self.on_epoch_end(fit_epoch(trainer, loader, epoch, state, self.on_step_end, self.log))
                     state = None

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HALF_WRITTEN', 'HOST', 'MAX_TEXT_BYTES', 'MAX_YAML_BYTES', 'short_repr', 'did_you_mean', 'StorageError',
            'disk_errors', 'atomic_write', 'write_text', 'remove_partial_files', 'folder_lock', 'file_digest',
-           'read_text', 'read_json', 'PlainLoader', 'load_yaml', 'read_yaml', 'yaml_text', 'Limits', 'WorkerDied',
-           'Heartbeat', 'heartbeat', 'no_timeout', 'worker_main', 'Worker', 'WorkerPool', 'IsolatedCall',
-           'CommandParser', 'find_project']
+           'read_text', 'read_json', 'StrictYamlLoader', 'missing_space', 'load_yaml', 'read_yaml', 'yaml_text',
+           'Limits', 'WorkerDied', 'Heartbeat', 'heartbeat', 'suspend_heartbeat_timeout', 'worker_main', 'Worker',
+           'WorkerPool', 'IsolatedCall', 'CommandParser', 'import_object', 'find_project', 'data_folder']
 
 # %% ../../nbs/engine/io.ipynb #9a0469f6
 import argparse
@@ -21,6 +21,7 @@ import pickle
 import platform
 import re
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -29,9 +30,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.resources import files
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import psutil
@@ -159,8 +162,12 @@ def read_text(
     with path.open('rb') as file: data = file.read(max_bytes + 1)
     text = data.decode('utf-8-sig', errors='replace')
     if len(data) <= max_bytes and '\0' not in text and '\ufffd' not in text: return text
-    raise ValueError(f'{path} is not UTF-8 text of at most {max_bytes} bytes: '
-                     'was something else saved under its name?')
+    cure = 'was something else saved under its name?'
+    if data[:2] in (b'\xff\xfe', b'\xfe\xff'): cure = "it is UTF-16: save it as UTF-8 ('CSV UTF-8')"
+    elif 0 < text.count('\ufffd') < len(text)/10 and '\0' not in text:
+        line = text.count('\n', 0, text.index('\ufffd')) + 1
+        cure = f"a letter of line {line} has another code (Latin-1?): save it as UTF-8 ('CSV UTF-8')"
+    raise ValueError(f'{path} is not UTF-8 text of at most {max_bytes} bytes: {cure}')
 
 def read_json(
     path: str | os.PathLike,  # file
@@ -173,7 +180,7 @@ def read_json(
         raise ValueError(f'{path} is not a JSON file that vicc could have written ({short_repr(error)}): '
                          'was it changed, or copied only in part?') from error
 
-class PlainLoader(yaml.SafeLoader):
+class StrictYamlLoader(yaml.SafeLoader):
     "Reads YAML without aliases; a key may be there once."
     def compose_node(self, parent: Any, index: Any) -> Any:
         if not self.check_event(yaml.AliasEvent): return super().compose_node(parent, index)
@@ -186,22 +193,34 @@ class PlainLoader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+def missing_space(
+    text: str,  # that should be YAML
+) -> str:  # what to do; empty: no such line
+    "Find the first line 'key:value'."
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(r'[ -]*[\w-]+:[^\s:/]', line):
+            return f'line {number}, {short_repr(line, 60)}: write a space after the colon'
+    return ''
+
 def load_yaml(
     text: str,  # YAML
     where: str,  # the file, for messages
 ) -> Any:  # dictionaries, lists and plain values
     "Values of a YAML text. Raises ValueError for what is no YAML, or more than plain values."
-    try: return yaml.load(text, PlainLoader)
+    try: return yaml.load(text, StrictYamlLoader)
     except Exception as error:  # the library fails in many ways, such as over !!bool maybe
-        raise ValueError(f'{where} is not YAML of plain values ({short_repr(error)}): correct it') from error
+        cure = missing_space(text) or f'correct it ({short_repr(error)})'
+        raise ValueError(f'{where} is not YAML of plain values: {cure}') from error
 
 def read_yaml(
     path: str | os.PathLike,  # file
 ) -> dict[str, Any]:
     "Keys and values of a YAML file. Raises FileNotFoundError, or ValueError for anything else."
-    value = load_yaml(read_text(path, MAX_YAML_BYTES), str(path))
+    text = read_text(path, MAX_YAML_BYTES)
+    value = load_yaml(text, str(path))
     if isinstance(value, dict): return value
-    raise ValueError(f"{path} must hold lines 'key: value': is it another file?")
+    cure = missing_space(text) or 'is it another file?'
+    raise ValueError(f"{path} must hold lines 'key: value': {cure}")
 
 def yaml_text(
     values: Mapping[str, Any],  # plain values
@@ -230,7 +249,7 @@ def heartbeat() -> None:
     if Heartbeat.deadline is not None: Heartbeat.deadline.value = time.monotonic() + Heartbeat.seconds
 
 @contextmanager
-def no_timeout() -> Iterator[None]:
+def suspend_heartbeat_timeout() -> Iterator[None]:
     "Suspend the limit on silence in the block."
     if Heartbeat.deadline is not None: Heartbeat.deadline.value = math.inf
     try: yield
@@ -384,6 +403,19 @@ class CommandParser(argparse.ArgumentParser):
                            'to go on\n')
         except (ValueError, OSError) as error: self.exit(2, f'{self.prog}: {error}\n')
 
+def import_object(
+    text: str,  # 'module:name', such as 'mine:create_encoder'; mine.py may lie in the current folder
+    option: str,  # that it was given by, such as '--encoder', for the message
+) -> Any:
+    "Import what a command line names. Raises ValueError."
+    if '' not in sys.path and os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
+    if not re.fullmatch(r'[\w.]+:[\w.]+', text) or '.py:' in text:
+        raise ValueError(f'{option} {text}: write module:name, such as mine:create for create in mine.py')
+    try: return resolve_name(text)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f'{option} {text}: {error}. Start the command in the folder of the module, or '
+                         'install the module') from error
+
 def find_project(
     start: str | os.PathLike | None = None,  # where to look from; None: the working directory
 ) -> Path:  # the folder that holds settings.ini and nbs/
@@ -393,3 +425,11 @@ def find_project(
         if (folder/'settings.ini').is_file() and (folder/'nbs').is_dir(): return folder
     raise FileNotFoundError(f'{start} is not inside a clone of vicc: change into the clone, or give the path '
                             'of a file')
+
+def data_folder(
+    name: str,  # 'recipes', 'data_manifests' or 'results'
+) -> Path:  # in the installed package; in a clone the folder of that name
+    "Find a folder of files that come with vicc."
+    package = Path(str(files('vicc')))
+    places = package/name, package.parent/'nbs'/name, package.parent/name
+    return next(folder for folder in places if folder.is_dir())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'STREAM_COLOURS', 'RIGHT', 'WRONG', 'STYLE', 'style', 'TIME_COLORMAP', 'Picture', 'new_figure',
-           'save_figure', 'as_frames', 'as_labels', 'truncate', 'class_colours', 'shown_frames', 'film_strip',
+           'save_figure', 'as_frames', 'as_labels', 'truncate', 'class_colours', 'evenly_spaced_indices', 'film_strip',
            'plot_clips', 'time_overlay', 'plot_montage', 'plot_training_curves', 'assignment_matrix',
            'prototype_purity', 'plot_assignments', 'plot_recall_bars', 'plot_confusion', 'plot_dots', 'format_table',
            'Report']
@@ -116,14 +116,17 @@ def class_colours(names: Sequence[str]) -> dict[str, str]: # class name → '#rr
     return dict(zip(sorted(set(names)), cycle(PALETTE)))
 
 # %% ../../nbs/viz/plots.ipynb #8d7dc133
-def shown_frames(num_frames: int, shown: int = 8) -> np.ndarray: # int [shown], fewer for a shorter clip
+def evenly_spaced_indices(
+    num_frames: int,  # of a clip
+    shown: int = 8,  # at most
+) -> np.ndarray:  # int [shown], fewer for a shorter clip
     """Indices of evenly spaced frames, first and last included."""
     return np.linspace(0, num_frames - 1, min(shown, num_frames)).round().astype(int)
 
 def film_strip(frames: ArrayLike, shown: int = 8) -> np.ndarray: # uint8 [H, shown·(W + 1) − 1, 3]
     """Lay a few frames of a clip side by side, a grey line between them."""
     frames = as_frames(frames)
-    chosen = frames[shown_frames(len(frames), shown)]
+    chosen = frames[evenly_spaced_indices(len(frames), shown)]
     lined = np.pad(chosen, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=190)
     return np.concatenate(list(lined), axis=1)[:, :-1]
 
@@ -144,7 +147,7 @@ def plot_clips(
         for row, ax in enumerate(column):
             ax.imshow(strips[name][row])
             width, own = clips[row].shape[2], [int(number) for number in numbers[row]]
-            written = [own[frame] for frame in shown_frames(len(own), shown)]
+            written = [own[frame] for frame in evenly_spaced_indices(len(own), shown)]
             ax.set_xticks(np.arange(len(written))*(width + 1) + width/2, written)
             ax.set_yticks([])
             shared = row < len(labels) - 1 and own == [int(number) for number in numbers[row + 1]]

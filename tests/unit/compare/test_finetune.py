@@ -13,16 +13,16 @@ import torch.multiprocessing as mp
 from accelerate import Accelerator
 
 from helpers import Unplugged, unplug
-from vicc.augment import ViewSettings, apply_view, center_crop, draw_view
+from vicc.augment import ViewSettings, apply_view, center_crop, random_view_params
 from vicc.compare.finetune import (FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, Classifier, LabelledClips, accuracy,
-                                   best_epoch, classify, fuse, iter_test_crops,
+                                   best_epoch, train_and_test_classifier, late_fusion, iter_test_crops,
                                    keep_middle_clips, predict, predictions_table,
                                    split_validation, train_classifier)
 from vicc.data import TestClips, training_loader
 from vicc.engine.fit import RunConfig, TIMING
 from vicc.evaluation import extract_features
 from vicc.fast.layers import inference_copy
-from vicc.protocols import released_jitter
+from vicc.protocols import released_jitter_params
 from vicc.streams import Stream
 from vicc.video import VideoError, clip_indices, random_clip_start
 
@@ -148,7 +148,7 @@ def test_views_of_a_batch_are_those_of_a_plain_reader(store, stream):
     views = apply_view(batch[stream][:, 0], batch['views'][0], VIEWS, stream)
     for place, sample in enumerate(batch['sample'].tolist()):
         row, rng = store.manifest.iloc[sample], np.random.default_rng((3, 2, sample))
-        drawn = draw_view(VIEWS, row.height, row.width, True, rng)
+        drawn = random_view_params(VIEWS, row.height, row.width, True, rng)
         choices = {name: torch.from_numpy(value)[None] for name, value in drawn.items()}
         indices = clip_indices(row.num_frames, 4, random_clip_start(row.num_frames, 4, rng))
         frames = torch.from_numpy(store.read(row.video, stream, indices))[None]
@@ -188,7 +188,7 @@ def test_a_classifier_sees_flow_as_its_stream_did(store, cpu, tmp_path):
     for channels in ('uv', 'vu'):
         stream = new_stream()
         stream.trained_on = stream.trained_on.model_copy(update=dict(flow_channels=channels))
-        asked[channels], _ = classify('x', stream, store, store.manifest[:16],
+        asked[channels], _ = train_and_test_classifier('x', stream, store, store.manifest[:16],
                                       clips_of(store, store.manifest[16:], 'flow'), 2, config, tmp_path/channels,
                                       4, training_views=VIEWS, crop=20, min_frames=5, accelerator=cpu, log=silent)
     assert not torch.equal(asked['uv'], asked['vu'])
@@ -204,7 +204,7 @@ def test_exact_paper_jitters_from_a_seed(store):
     assert len(train) == 16 and set(validation.video) <= set(store.manifest.video[16:]) and len(validation) == 2
 
 def test_released_jitter_has_the_released_distribution():
-    drawn = [released_jitter(0, video, crop) for video in range(1000) for crop in range(4)]
+    drawn = [released_jitter_params(0, video, crop) for video in range(1000) for crop in range(4)]
     factors = torch.cat([choices['factors'] for choices in drawn])
     jittered = (factors != torch.tensor([1., 1, 1, 0])).any(1)
     assert jittered.float().mean().item() == pytest.approx(.3, abs=.03)
@@ -224,7 +224,7 @@ def test_test_jitter_is_drawn_once_for_a_video_and_a_crop(store):
             zip(plain, iter_test_crops(clips, 'ten', 20, settings, jitter_seed=1))):
         changed.setdefault(video, []).append(not torch.equal(view, jittered))
     for video, flags in changed.items():
-        drawn = [not torch.equal(released_jitter(1, video, crop)['factors'], torch.tensor([[1., 1, 1, 0]]))
+        drawn = [not torch.equal(released_jitter_params(1, video, crop)['factors'], torch.tensor([[1., 1, 1, 0]]))
                  for crop in range(10)]
         per_crop = len(flags)//10
         assert per_crop > 1 and flags == [flag for flag in drawn for _ in range(per_crop)]
@@ -233,7 +233,7 @@ def test_test_jitter_is_drawn_once_for_a_video_and_a_crop(store):
 def test_a_grid_is_chosen_from_on_training_videos(store, cpu, tmp_path):
     config = replace(TINY, epochs=2, milestones=(), grid=((1e-9, 0.), (TINY.learning_rate, 1e-3)))
     def run(config, folder, test_rows=store.manifest[16:]):
-        return classify('x', new_stream(), store, store.manifest[:16], clips_of(store, test_rows), 2, config,
+        return train_and_test_classifier('x', new_stream(), store, store.manifest[:16], clips_of(store, test_rows), 2, config,
                         tmp_path/folder, 4, training_views=VIEWS, crop=20, min_frames=5, accelerator=cpu,
                         log=silent)
     probabilities, history = run(config, 'grid')
@@ -251,7 +251,7 @@ def test_validation_holds_out_whole_groups(store):
 def test_classify_goes_on_and_caches(store, cpu, tmp_path):
     lines, rows = [], store.manifest[16:]
     def run(test_rows=rows, folder=tmp_path):
-        return classify('x', new_stream(), store, store.manifest[:16], clips_of(store, test_rows), 2, TINY, folder,
+        return train_and_test_classifier('x', new_stream(), store, store.manifest[:16], clips_of(store, test_rows), 2, TINY, folder,
                         4, training_views=VIEWS, crop=20, min_frames=5, accelerator=cpu, log=lines.append)
     probabilities, history = run()
     assert len(lines) == 4 and (tmp_path/'classifier'/'config.json').is_file()
@@ -269,7 +269,7 @@ def test_classify_goes_on_and_caches(store, cpu, tmp_path):
 
 def test_chunks_give_the_same_answer(store, cpu, tmp_path, monkeypatch):
     def run(folder):
-        return classify('x', new_stream(), store, store.manifest[:16], clips_of(store, store.manifest[16:]), 2,
+        return train_and_test_classifier('x', new_stream(), store, store.manifest[:16], clips_of(store, store.manifest[16:]), 2,
                         replace(TINY, epochs=1, milestones=()), tmp_path/folder, 4, training_views=VIEWS, views='five',
                         crop=20, min_frames=5, accelerator=cpu, log=silent)[0]
     whole = run('whole')
@@ -295,8 +295,8 @@ def test_config():
 def test_measures():
     probabilities, labels = torch.tensor([[.7, .2, .1], [.1, .5, .4], [.2, .5, .3]]), [0, 1, 2]
     assert accuracy(probabilities, labels) == pytest.approx(2/3) and accuracy(probabilities, labels, 2) == 1
-    assert fuse(probabilities, probabilities.flip(1))[0].tolist() == pytest.approx([.4, .2, .4])
-    with pytest.raises(ValueError, match='sum to 1'): fuse(torch.ones(2, 3))
+    assert late_fusion(probabilities, probabilities.flip(1))[0].tolist() == pytest.approx([.4, .2, .4])
+    with pytest.raises(ValueError, match='sum to 1'): late_fusion(torch.ones(2, 3))
 
 def test_which_epoch_is_best():
     history = []

@@ -21,7 +21,7 @@ def train(folder: Path, where: str, stop: bool) -> tuple[dict, dict]:
     accelerator = Accelerator(cpu=True)
     dataset = TwoStreamDataset(Store(folder/'store'), None, ('flow',), 8, views=ViewSettings(size=16))
     if stop: unplug(dataset.frames, 2*8 + 5)  # in the third epoch: each process reads 8 of the 16 videos an epoch
-    settings = StageConfig(epochs=3, schedule_epochs=None, batch_size=4, optimizer='adamw', learning_rate=1e-3, final_learning_rate=1e-5, freeze_prototypes_epochs=0,
+    settings = StageConfig(epochs=3, schedule_epochs=None, batch_size=8, optimizer='adamw', learning_rate=1e-3, final_learning_rate=1e-5, freeze_prototypes_epochs=0,
                              queue_length=16, queue_start_epoch=0)
     torch.manual_seed(0)
     stream = Stream('small', 8, 16, {'width': 4, 'multipliers': [1, 2], 'spatial_strides': [2, 2], 'temporal_strides': [2, 2]})

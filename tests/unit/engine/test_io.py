@@ -113,11 +113,13 @@ def test_a_changed_store_is_noticed_and_mended(shapes, whole, tmp_path):
 # --- workers that crash, hang or take too much
 
 def test_two_videos_that_end_their_worker(shapes, tmp_path, monkeypatch):
-    for name, source in zip(('a.mp4', 'crash.mp4', 'hang.mp4', 'z.mp4'), pd.read_csv(shapes['train']).video): shutil.copy(Path(shapes['videos'])/source, tmp_path/name)
+    videos = tmp_path/'videos'
+    videos.mkdir()
+    for name, source in zip(('a.mp4', 'crash.mp4', 'hang.mp4', 'z.mp4'), pd.read_csv(shapes['train']).video): shutil.copy(Path(shapes['videos'])/source, videos/name)
     monkeypatch.setattr(module, 'prepare_task', faulty.prepare_task)
     said = []
     rows = pd.DataFrame(dict(video=['a.mp4', 'crash.mp4', 'hang.mp4', 'z.mp4']))
-    store = prepare(rows, tmp_path, tmp_path/'store', SETTINGS, workers=2, log=said.append, max_failed=.5, limits=Limits(seconds=3))
+    store = prepare(rows, videos, tmp_path/'store', SETTINGS, workers=2, log=said.append, max_failed=.5, limits=Limits(seconds=3))
     problems = pd.read_csv(store.path/'problems.csv').set_index('video').problem
     assert list(store.manifest.video) == ['a.mp4', 'z.mp4']
     assert 'crash.mp4: the decoder crashed (SIGABRT)' in problems['crash.mp4'] and 'hang.mp4: the decoder hung (no sign of life for 3 s)' in problems['hang.mp4']

@@ -143,7 +143,7 @@ def test_going_on_in_mid_epoch_reads_nothing_twice(store, monkeypatch):
 
 def test_processes_share_an_epoch_and_can_go_on(store):
     def shard(process, first_batch=0):
-        loader = training_loader(dataset(store), 2, processes=2, process=process)
+        loader = training_loader(dataset(store), 4, processes=2, process=process)
         return [summary(batch) for batch in loader.epoch(1, first_batch)]
     whole, _ = served(store, 0)
     assert [shard(0), shard(1)] == [whole[::2], whole[1::2]] and shard(1, 2) == whole[1::2][2:]

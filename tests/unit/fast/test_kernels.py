@@ -11,7 +11,7 @@ import torch
 
 import vicc.fast.planes
 import vicc.fast.views
-from vicc.fast.planes import PackedClips, assemble_clips_reference
+from vicc.fast.planes import PackedClips, unpack_clips_reference
 from vicc.fast.views import color_jitter, color_jitter_reference
 
 triton = pytest.importorskip('triton')
@@ -57,25 +57,25 @@ import sys
 import torch
 sys.path.insert(0, 'tests/unit/fast')
 from test_kernels import SIZES, jitters, packed
-from vicc.fast.kernels import fused_assemble_clips, fused_jitter
-from vicc.fast.planes import PackedClips, assemble_clips_reference
+from vicc.fast.kernels import fused_unpack_clips, fused_jitter
+from vicc.fast.planes import PackedClips, unpack_clips_reference
 from vicc.fast.views import color_jitter_reference
 for channels in (2, 3):
     for seed, sizes in enumerate(SIZES):
         for frames, gap in ((1, 0), (5, 3)):
             data, rows = packed(seed, sizes, channels, frames, gap)
-            got = fused_assemble_clips(data, rows, channels)
-            expected = assemble_clips_reference(data, rows, channels)
+            got = fused_unpack_clips(data, rows, channels)
+            expected = unpack_clips_reference(data, rows, channels)
             assert got.dtype == torch.uint8 and torch.equal(got, expected), (channels, sizes, frames)
     data, rows = packed(9, [(8, 6), (4, 12), (10, 2)], channels, 2)
     batch = PackedClips(data, rows, [[0, 0], [1, 2], [2, 2]], channels)  # one clip, or two
     for view in range(2):
         seen = [rows[pair[view]] for pair in batch.seen]
-        assert torch.equal(fused_assemble_clips(data, seen, channels), batch[:, view])
+        assert torch.equal(fused_unpack_clips(data, seen, channels), batch[:, view])
     tail = data[16:], [(0, *rows[1][1:])], channels  # a view into memory
-    assert torch.equal(fused_assemble_clips(*tail), assemble_clips_reference(*tail))
+    assert torch.equal(fused_unpack_clips(*tail), unpack_clips_reference(*tail))
 odd = *packed(0, [(5, 7), (3, 3)], 2, 2), 2  # flow has no half planes
-assert torch.equal(fused_assemble_clips(*odd), assemble_clips_reference(*odd))
+assert torch.equal(fused_unpack_clips(*odd), unpack_clips_reference(*odd))
 for shape in ((5, 3, 2, 1, 1), (5, 3, 1, 70, 66), (5, 3, 3, 16, 16)):
     chosen = jitters(shape, 2.)
     assert (fused_jitter(*chosen) - color_jitter_reference(*chosen)).abs().max() < 5e-6, shape
@@ -97,12 +97,12 @@ COMPILED = '''
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vicc.fast.kernels import assemble_kernel, jitter_kernel
+from vicc.fast.kernels import unpack_kernel, jitter_kernel
 layout = {'data': '*u8', 'table': '*i64', 'pixels': '*u8', 'T': 'i32', 'H': 'i32', 'W': 'i32',
           'C': 'constexpr', 'BLOCK': 'constexpr'}
 jitter = {'images': '*fp32', 'order': '*i64', 'factors': '*fp32', 'out': '*fp32', 'T': 'i32', 'P': 'i32',
           'BLOCK': 'constexpr'}
-kernels = [(assemble_kernel, layout, {(6,): channels, (7,): 1024}) for channels in (2, 3)]
+kernels = [(unpack_kernel, layout, {(6,): channels, (7,): 1024}) for channels in (2, 3)]
 for kernel, names, fixed in [*kernels, (jitter_kernel, jitter, {(6,): 1024})]:
     source = ASTSource(fn=kernel, signature=names, constexprs=fixed)
     compiled = triton.compile(source, target=GPUTarget('cuda', 90, 32), options={'num_warps': 8})
@@ -125,7 +125,7 @@ def test_kernels_compile_for_a_gpu_and_shifts_keep_the_sign(tmp_path):
 
 def test_the_cpu_keeps_the_plain_way():
     data, rows = packed(0, [(6, 10), (8, 4)], 3, 2)
-    assert torch.equal(assemble_clips(data, rows, 3), assemble_clips_reference(data, rows, 3))
+    assert torch.equal(assemble_clips(data, rows, 3), unpack_clips_reference(data, rows, 3))
     assert assemble_clips(data, rows, 3).is_contiguous()
     chosen = jitters((3, 3, 2, 8, 8), .8)
     assert torch.equal(color_jitter(*chosen), color_jitter_reference(*chosen))
@@ -146,7 +146,7 @@ def test_clips_of_pixels_never_reach_the_kernel(monkeypatch):
 @pytest.mark.parametrize('channels', [2, 3])
 @pytest.mark.parametrize('sizes', SIZES + [[(240, 320)]*4])
 def test_gpu_and_cpu_agree(channels, sizes):
-    assert vicc.fast.planes.fused_assemble_clips is not None
+    assert vicc.fast.planes.fused_unpack_clips is not None
     for frames, gap in ((1, 0), (7, 3)):
         data, rows = packed(0, sizes, channels, frames, gap)
         seen = [[number, (number + 1) % len(rows)] for number in range(len(rows))]

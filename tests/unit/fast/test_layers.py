@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState
 from vicc.backbones import create_backbone
 from vicc.bench import repeat_videos, small_store
 from vicc.data import TwoStreamDataset, collate, training_loader
-from vicc.engine.fit import warmup
-from vicc.fast.layers import compile_embed, inference_copy, optimize_layers, restore_layers, mark_step
+from vicc.engine.fit import compile_and_warm_up
+from vicc.fast.layers import compile_embed, inference_copy, use_fast_layers, use_plain_layers, mark_cudagraph_step
 from vicc.augment import ViewSettings
 from vicc.trainer import Trainer, StageConfig
 from vicc.streams import Stream
@@ -83,17 +83,17 @@ def test_the_other_stream_and_the_names_stay(samples):
     clips = torch.randn(2, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0))
     inference_copy(stream).embed(clips)
     assert [type(layer) for layer in stream.modules()] == kinds  # a frozen stream is copied
-    optimize_layers(stream.backbone)
+    use_fast_layers(stream.backbone)
     stream.embed(clips)
     assert [type(layer) for layer in stream.modules()] != kinds
-    assert [type(layer) for layer in restore_layers(stream).modules()] == kinds and all(torch.equal(value, before[name]) for name, value in stream.state_dict().items() if 'running' not in name and 'tracked' not in name)
+    assert [type(layer) for layer in use_plain_layers(stream).modules()] == kinds and all(torch.equal(value, before[name]) for name, value in stream.state_dict().items() if 'running' not in name and 'tracked' not in name)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('name', ['s3d', 'r21d'])
 def test_fast_layers_on_a_gpu(name):
     plain = create_backbone(name).cuda().eval()
-    fast = optimize_layers(copy.deepcopy(plain))
+    fast = use_fast_layers(copy.deepcopy(plain))
     clips = torch.randn(2, 3, 16, 64, 64, device='cuda').to(memory_format=torch.channels_last_3d)
     with torch.no_grad(): assert torch.allclose(plain(clips), fast(clips), rtol=1e-2, atol=1e-3)
 
@@ -103,7 +103,7 @@ def test_results_of_one_step_live_through_it():
     stream = Stream('small', 8, 16, {'width': 8}).cuda().train()
     embed, generator = compile_embed(stream), torch.Generator('cuda').manual_seed(0)
     for _ in range(4):
-        mark_step()
+        mark_cudagraph_step()
         views = [torch.randn(4, 3, 8, 32, 32, device='cuda', generator=generator) for _ in range(2)]
         first, second = (embed(view) for view in views)
         kept = first.clone()
@@ -119,7 +119,7 @@ def test_warmup_leaves_no_trace(samples, monkeypatch):
     trainer.step(samples[1], 0, trainer.create_metrics())
     monkeypatch.setattr(trainer, 'compile', lambda: 'nowhere')
     before, generator, lines = copy.deepcopy(trainer.state_dict()), torch.get_rng_state(), []
-    warmup(trainer, training_loader(samples[0], 8), lines.append)
+    compile_and_warm_up(trainer, training_loader(samples[0], 8), lines.append)
     for name, value in trainer.stream.state_dict().items(): assert torch.equal(value, before['stream'][name]), name
     for number, state in trainer.optimizer.state_dict()['state'].items():
         for name, value in state.items(): assert torch.equal(value, before['optimizer']['state'][number][name]), name

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import STRONG, every_color_op, random_clips, views_of
 from vicc.augment import ViewSettings
-from vicc.fast.views import (IDENTITY_FACTORS, apply_color_ops, color_jitter, crop_resize, gaussian_blur, resize_weights,
+from vicc.fast.views import (IDENTITY_FACTORS, apply_color_ops, color_jitter, crop_resize, gaussian_blur, resize_matrix,
                              rotate_hue, single_channel, tf32)
 
 @pytest.mark.parametrize('size', [7, 32, 61])
@@ -54,8 +54,8 @@ def test_tf32_costs_less_than_a_grey_level(half):
     "10 bits of mantissa, rounded or cut off as hardware may do, on noise, the hardest picture."
     def short(values): return (values.contiguous().view(torch.int32) + half & ~0x1fff).view(torch.float32)
     noise, view = random_clips(4, 2, 96, 128, 3), views_of(ViewSettings(), 4, 96, 128, False)
-    rows = resize_weights(view['box'][:, 0], view['box'][:, 2], 96, 128)
-    columns = resize_weights(view['box'][:, 1], view['box'][:, 3], 128, 128)
+    rows = resize_matrix(view['box'][:, 0], view['box'][:, 2], 96, 128)
+    columns = resize_matrix(view['box'][:, 1], view['box'][:, 3], 128, 128)
     exact = crop_resize(noise, view['box'], torch.zeros(4, dtype=torch.bool), 128)
     first = torch.einsum('bthwc,bxw->bthxc', noise.float(), short(columns))
     difference = (torch.einsum('bthxc,byh->bctyx', short(first), short(rows)).clamp(0, 255) - exact).abs()

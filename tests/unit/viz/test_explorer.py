@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from vicc.viz.explorer import (
-    Clip, Entry, clip_bytes, explorer_html, prototype_entries, query_entries,
+    Clip, ExplorerSection, clip_bytes, explorer_html, prototype_sections, query_sections,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -52,12 +52,12 @@ def evil_clip(number: int) -> Clip:
     "A clip with names that are a program."
     return Clip(clip_bytes(frames(), frames()), EVIL, EVIL)
 
-def some_entries() -> list[Entry]:
+def some_entries() -> list[ExplorerSection]:
     "Two prototypes and a query of six videos."
     assignments = np.array([[.9, .1], [.2, .8], [.8, .2], [.3, .7], [.6, .4], [.4, .6]])
     labels = np.array([0, 1, 0, 1, 0, 1])
-    return [*prototype_entries('rgb-1', assignments, labels, NAMES, 2),
-            *query_entries('rgb-1', [5], [[3, 0]], [[.9, .1]], [f'videos/{i}.mp4' for i in range(6)], labels,
+    return [*prototype_sections('rgb-1', assignments, labels, NAMES, 2),
+            *query_sections('rgb-1', [5], [[3, 0]], [[.9, .1]], [f'videos/{i}.mp4' for i in range(6)], labels,
                            NAMES, assignments[[5]])]
 
 @pytest.mark.parametrize('size', [(24, 32), (25, 33), (150, 40)])
@@ -85,7 +85,7 @@ def test_wrong_frames_are_refused(wrong):
     with pytest.raises(ValueError): clip_bytes(frames(), frames()[:4])
 
 def test_names_are_escaped_everywhere():
-    entry = Entry(EVIL, EVIL, EVIL, [0], [EVIL])
+    entry = ExplorerSection(EVIL, EVIL, EVIL, [0], [EVIL])
     for text in (explorer_html([entry], evil_clip, [EVIL]), explorer_html([entry], evil_clip, [EVIL], EVIL, EVIL)):
         tags = Tags(text)
         assert EVIL in ''.join(tags.words)  # the reader sees the name as it is
@@ -113,19 +113,19 @@ def test_lists_fold_out_without_a_script():
 
 def test_without_labels_nothing_is_said_about_classes():
     assignments, nobody = np.array([[.9, .1], [.2, .8]]), ['no label']
-    entries = [*prototype_entries('rgb', assignments, [0, 0], nobody),
-               *query_entries('rgb', [0], [[1]], [[.5]], ['a', 'b'], np.array([0, 0]), nobody, assignments)]
+    entries = [*prototype_sections('rgb', assignments, [0, 0], nobody),
+               *query_sections('rgb', [0], [[1]], [[.5]], ['a', 'b'], np.array([0, 0]), nobody, assignments)]
     assert not [words for entry in entries for words in (entry.title, entry.note, *entry.words)
                 if 'class' in words or 'label' in words]
 
 def test_every_clip_needs_its_words():
-    with pytest.raises(ValueError): explorer_html([Entry('a', 'b', 'c', [0, 1], ['one word'])], clip_of, NAMES)
+    with pytest.raises(ValueError): explorer_html([ExplorerSection('a', 'b', 'c', [0, 1], ['one word'])], clip_of, NAMES)
 
 def test_page_in_a_browser(tmp_path):
     "A browser shows the first entry and the title, and no name of a stranger runs."
     chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     if chromium is None: pytest.skip('there is no Chromium')
-    evil = Entry('evil', '<img src=x onerror="document.title=1">', EVIL, [0], ['word'])
+    evil = ExplorerSection('evil', '<img src=x onerror="document.title=1">', EVIL, [0], ['word'])
     (tmp_path/'page.html').write_text(explorer_html([*some_entries(), evil], clip_of, NAMES, 'Title'),
                                       encoding='utf-8')
     command = [chromium, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}/profile',
