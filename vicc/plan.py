@@ -328,7 +328,9 @@ def prepare_note(
                 f'({row["name"]}, {row["size"]}; {row["source"]}, {row["where"]})')
     return f'the time to prepare a store with {method} is not measured'
 
-def pixels_per_frame(row: Mapping[str, Any]) -> int: return math.prod(map(int, row['size'].split('×')))  # pixels
+def pixels_per_frame(row: Mapping[str, Any]) -> int:
+    "Count the pixels of a frame of a measured row."
+    return math.prod(map(int, row['size'].split('×')))
 
 def store_bytes(store: Store) -> int:
     "Bytes of all RGB and flow files of a store."

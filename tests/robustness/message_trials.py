@@ -21,13 +21,13 @@ from odd_inputs import message, picture, rows, table
 
 from vicc.alternation import alternate
 from vicc.augment import ViewSettings, apply_view, center_crop
-from vicc.backbones import BACKBONES, register_backbone
+from vicc.backbones import BACKBONES, create_backbone, register_backbone
 from vicc.engine.io import atomic_write, find_project
 from vicc.evaluation import (
     chance_recall, cosine_similarity, nearest_neighbours, quick_probe, recall_at_k, retrieval_recall,
 )
 from vicc.losses import swapped_prediction_loss
-from vicc.manifests import read_manifest, require_videos
+from vicc.manifests import check_manifest, check_train_test, read_manifest, require_videos
 from vicc.prepare import PrepareSettings, choose_device, prepare
 from vicc.prototypes import sinkhorn
 from vicc.recipe import Recipe
@@ -174,7 +174,7 @@ CASES['fp16 on a CPU'] = lambda folder: RIGHT if Recipe.read('demo', 'mixed_prec
 def outside(folder):
     here = os.getcwd()
     os.chdir(folder)
-    try: return message(Recipe.read, 'demo')
+    try: return RIGHT if Recipe.read('demo').backbone == 'small' else 'another recipe'
     finally: os.chdir(here)
 
 
@@ -290,6 +290,24 @@ def maps(folder):
     first = message(Stream, network)
     network.num_features = 8
     return f'{first}. After the repair: {message(Stream(network), torch.zeros(2, 3, 4, 6, 6))}'
+
+
+@now("backbone s3d with the demo's backbone_options")
+def options_of_another_backbone(folder):
+    return message(create_backbone, 's3d', width=16, multipliers=[1, 2, 4, 8])
+
+
+@now('vicc evaluate with a stream of flow as rgb=')
+def flow_as_rgb(folder):
+    stream = Stream('small', 6, 8, backbone_options={'width': 2}, trained_on={'modality': 'flow'})
+    return message(load_stream, save_stream(stream, folder/'stream'), 'rgb')
+
+
+@now('the same without class_name')
+def shifted_labels(folder):
+    tables = [check_manifest(pd.DataFrame(dict(video=[f'{name}/{side}.mp4' for name in names], label=labels)))
+              for side, names, labels in (('train', 'abc', [0, 1, 2]), ('test', 'ab', [1, 2]))]
+    return message(check_train_test, *tables)
 
 
 def main():

@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
     return folder
 
 def test_the_page_has_all_commands():
-    assert len(LINES) == 14 and sum('train.sbatch' in line for line in LINES) == 4 and sum(line.startswith('torchrun') for line in LINES) == 1
+    assert len(LINES) == 15 and sum('train.sbatch' in line for line in LINES) == 5 and sum(line.startswith('torchrun') for line in LINES) == 1
 
 @pytest.mark.parametrize('line', [line for line in LINES if 'train.sbatch' in line or line.startswith('torchrun')])
 def test_training(line, folder, monkeypatch):

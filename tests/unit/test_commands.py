@@ -104,7 +104,7 @@ def test_videos_that_the_store_lacks_are_counted(words, shapes, tmp_path, capsys
 
 def test_labels_of_another_numbering_are_noted(words, shapes, tmp_path, capsys):
     flags = dict(words[1])
-    for flag, name, shift in (('--gallery', 'train', 0), ('--queries', 'test', 1)):
+    for flag, name, shift in (('--gallery', 'train', 1), ('--queries', 'test', 1)):
         flags[flag] = str(tmp_path/f'{name}.csv')
         table = pd.read_csv(shapes[name])
         table.assign(label=(table.label + shift) % 8).drop(columns='class_name').to_csv(flags[flag], index=False)

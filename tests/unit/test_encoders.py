@@ -195,5 +195,5 @@ def test_settings_name_the_extra():
     import configparser
     from pathlib import Path
     config = configparser.ConfigParser(delimiters=['='])
-    config.read(Path(__file__).parents[3]/'settings.ini', encoding='utf-8')
+    config.read(Path(__file__).parents[2]/'settings.ini', encoding='utf-8')
     assert 'transformers' in config['DEFAULT']['compare_requirements'] and 'transformers' not in json.dumps(config['DEFAULT']['requirements'])

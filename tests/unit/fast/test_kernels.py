@@ -132,13 +132,13 @@ def test_the_cpu_keeps_the_plain_way():
 
 
 def test_clips_of_pixels_never_reach_the_kernel(monkeypatch):
-    monkeypatch.setattr(vicc.fast.planes, 'fused_assemble_clips', lambda *arguments: 'kernel')
-    monkeypatch.setattr(vicc.fast.planes, 'assemble_clips_reference', lambda *arguments: 'plain')
+    monkeypatch.setattr(vicc.fast.planes, 'fused_unpack_clips', lambda *arguments: 'kernel')
+    monkeypatch.setattr(vicc.fast.planes, 'unpack_clips_reference', lambda *arguments: 'plain')
     class OnGpu: device = torch.device('cuda:0')
     planes, pixels = (0, (2, 96), (8, 8)), (192, (2, 8, 8, 3), (8, 8))
     assert assemble_clips(OnGpu, [planes, planes], 3) == 'kernel'
     assert assemble_clips(OnGpu, [planes, pixels], 3) == assemble_clips(OnGpu, [pixels], 3) == 'plain'
-    monkeypatch.setattr(vicc.fast.planes, 'fused_assemble_clips', None)  # without Triton
+    monkeypatch.setattr(vicc.fast.planes, 'fused_unpack_clips', None)  # without Triton
     assert assemble_clips(OnGpu, [planes, planes], 3) == 'plain'
 
 
