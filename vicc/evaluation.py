@@ -30,8 +30,8 @@ from .engine.checkpoint import weights_hash
 from .fast.layers import inference_copy
 from .manifests import split_manifest
 from vicc.protocols import (
-    batch_views, check_clips, check_features_and_labels, few_queries_remarks, iter_test_views, one_random_clip,
-    search_gallery, video_labels,
+    batch_views, check_clips, check_features_and_labels, few_queries_remarks, iter_test_views,
+    one_random_clip, search_gallery, video_labels,
 )
 from .prototypes import sinkhorn
 from .streams import Stream

@@ -303,7 +303,8 @@ def store_gb(
              and (row['flow_method'], row['preset']) == (recipe.flow_method, recipe.video_preset)]
     if not found: return math.nan, f'not measured for {recipe.flow_method}, {recipe.video_preset}: --measure'
     distance, *_, row = min(found)
-    value, size = row['value']*videos.pixels/pixels_per_frame(row), f'{row["frames"]:,} frames of {row["size"]}'
+    value = row['value']*videos.pixels/pixels_per_frame(row)
+    size = f'{row["frames"]:,} frames of {row["size"]}'
     basis = f'{value:,.0f} bytes a frame, {"estimated from" if distance else "measured on"} {size}'
     return value*videos.frames/1e9, f'{basis} ({row["name"]}; {row["source"]})'
 

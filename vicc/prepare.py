@@ -41,7 +41,8 @@ from vicc.engine.io import (
 )
 from .flow import choose_backend, compute_flow, dequantise, FLOW_METHODS, quantise
 from vicc.manifests import (
-    check_manifest, check_class_names, numbered_series, parse_column, PICTURE_EXTENSIONS, read_manifest, read_table,
+    check_class_names, check_manifest, numbered_series, parse_column, PICTURE_EXTENSIONS, read_manifest,
+    read_table,
     require_videos, write_manifest,
 )
 from vicc.video import (
@@ -49,7 +50,8 @@ from vicc.video import (
 )
 
 # %% ../nbs/datasets/prepare.ipynb #e58a7ad5
-X264_PRESETS = ('ultrafast', 'superfast', 'veryfast', 'faster', 'fast', 'medium', 'slow', 'slower', 'veryslow')
+X264_PRESETS = ('ultrafast', 'superfast', 'veryfast', 'faster', 'fast', 'medium', 'slow', 'slower',
+                'veryslow')
 STREAMS = ('rgb', 'flow')
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class PrepareSettings:
     deinterlace: bool = False  # fill in the missing lines of interlaced pictures
 
     def __post_init__(self):
-        choices = dict(flow_method=(*FLOW_METHODS, 'imported'), preset=X264_PRESETS, deinterlace=(False, True))
+        choices = dict(flow_method=(*FLOW_METHODS, 'imported'), preset=X264_PRESETS,
+                       deinterlace=(False, True))
         ranges = dict(short_side=(16, 2**13), flow_bound=(1e-6, 2**13), rgb_quality=(0, 51),
                       flow_quality=(0, 51), key_frame_every=(1, 2**16), fps=(0, 240))
         for name, value in asdict(self).items():

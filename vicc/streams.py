@@ -155,8 +155,8 @@ class Stream(nn.Module, PyTorchModelHubMixin, library_name='vicc', model_card_te
         "Raises ValueError if the stream was trained on the other modality."
         recorded = self.trained_on.modality
         if recorded in (None, modality): return
-        raise ValueError(f'{name} was trained on {recorded}, not on {modality}: give it {recorded} clips of a '
-                         f'store (vicc evaluate: {recorded}=PATH)')
+        raise ValueError(f'{name} was trained on {recorded}, not on {modality}: give it {recorded} clips of '
+                         f'a store (vicc evaluate: {recorded}=PATH)')
 
     def features(self,
         clips: Tensor,  # [B, 3, T, H, W] float, normalised

@@ -61,7 +61,7 @@ class Shape:
 
 @dataclass
 class Scene:
-    "Everything that a video shows: draw it with `random_scene`, then `render` it or ask for its `exact_flow`."
+    "Everything that a video shows: make one by `random_scene`; `render` it, ask for its `exact_flow`."
     class_name: str  # one of CLASSES
     settings: ShapesSettings
     shapes: list[Shape]  # the last one is in front

@@ -116,8 +116,9 @@ def write_video(
 
 # %% ../nbs/datasets/video.ipynb #41cdd2f3
 MAX_PIXELS = 2**25  # of one picture: 8K video has 33.2 million
-CONTAINER_FORMATS = ('mov', 'mp4', 'matroska', 'webm', 'avi', 'mpeg', 'mpegvideo', 'mpegts', 'm4v', 'flv', 'asf',
-                     'ogg', 'h264', 'hevc', 'gif')  # FFmpeg's names of containers that hold pictures themselves
+CONTAINER_FORMATS = (  # FFmpeg's names of containers that hold pictures themselves
+    'mov', 'mp4', 'matroska', 'webm', 'avi', 'mpeg', 'mpegvideo', 'mpegts', 'm4v', 'flv', 'asf', 'ogg', 'h264',
+    'hevc', 'gif')
 
 def require_file(
     path: str | os.PathLike,  # a file that must be there

@@ -215,7 +215,7 @@ def test_feature_of_a_film_takes_the_clips_that_the_stream_was_trained_on(tmp_pa
     assert torch.equal(video_features(recorded, tmp_path/'film.mp4'), given)
     assert torch.equal(video_features(recorded, tmp_path/'film.mp4', 8, 1, 32), video_features(plain, tmp_path/'film.mp4', 8, 1, 32))
     assert not torch.equal(video_features(plain, tmp_path/'film.mp4'), given)
-    with pytest.raises(ValueError, match='trained on flow, not on rgb: give it flow clips of a store \(vicc evaluate: flow=PATH'):
+    with pytest.raises(ValueError, match=r'trained on flow, not on rgb: give it flow clips of a store \(vicc evaluate: flow=PATH'):
         video_features(flow, tmp_path/'film.mp4')
 
 
