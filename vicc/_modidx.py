@@ -839,6 +839,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'vicc.trainer.Trainer.accumulate_gradients': ('trainer.html#trainer.accumulate_gradients', 'vicc/trainer.py'),
                               'vicc.trainer.Trainer.assign': ('trainer.html#trainer.assign', 'vicc/trainer.py'),
                               'vicc.trainer.Trainer.compile': ('trainer.html#trainer.compile', 'vicc/trainer.py'),
+                              'vicc.trainer.Trainer.compute_loss': ('trainer.html#trainer.compute_loss', 'vicc/trainer.py'),
                               'vicc.trainer.Trainer.create_metrics': ('trainer.html#trainer.create_metrics', 'vicc/trainer.py'),
                               'vicc.trainer.Trainer.create_model': ('trainer.html#trainer.create_model', 'vicc/trainer.py'),
                               'vicc.trainer.Trainer.create_queue': ('trainer.html#trainer.create_queue', 'vicc/trainer.py'),

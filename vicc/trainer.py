@@ -215,7 +215,7 @@ class Trainer:
             with self.accelerator.autocast():
                 projections, scores = self.model(views, teacher)  # z [B, D] and s = z Cᵀ [B, K], V of each
                 assignments = self.assign(scores, queue)  # q
-                loss = swapped_prediction_loss(scores, assignments, settings.temperature)
+                loss = self.compute_loss(scores, assignments)
             self.optimizer.zero_grad()
             self.accelerator.backward(loss)
         if epoch < settings.freeze_prototypes_epochs: prototypes.weight.grad = None
@@ -240,6 +240,10 @@ class Trainer:
         return view_assignments(scores, queue, self.stream.prototypes.weight, self.settings.epsilon,
                                 self.settings.sinkhorn_iterations)
 
+    def compute_loss(self, scores: list[Tensor], assignments: list[Tensor]) -> Tensor:
+        "Compute the loss of all views."
+        return swapped_prediction_loss(scores, assignments, self.settings.temperature)
+
     def accumulate_gradients(self,
         views: list[Tensor],  # view 1 and view 2 of this stream [B, 3, T, h, w]
         teacher: list[Tensor],  # projections of the teacher [B, D], or nothing
@@ -262,7 +266,7 @@ class Trainer:
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
                     scores = self.model(*chunks[number])[1]
-                    loss = swapped_prediction_loss(scores, targets, self.settings.temperature)/count
+                    loss = self.compute_loss(scores, targets)/count
                 accelerator.backward(loss)
             total += loss.detach()
         return total, assignments, projections

@@ -140,7 +140,7 @@ def test_wrong_parameters_are_refused_before_any_work(values, words, tmp_path):
 def test_compare_makes_a_small_run_and_takes_an_encoder_of_the_users(tmp_path, monkeypatch):
     (tmp_path/'their_mean.py').write_text('from vicc.encoders import VideoEncoder\ndef colour(): return VideoEncoder(lambda clips: clips.mean((2, 3, 4)), 4, 3, size=8, version="1")\n')
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
-    values = dict(run=str(tmp_path/'none'), output=str(tmp_path/'out'), num_gallery=16, num_queries=4, small_videos=16, yours='their_mean:colour', encoders=['vicc'],
+    values = dict(run='small', output=str(tmp_path/'out'), num_gallery=16, num_queries=4, small_videos=16, yours='their_mean:colour', encoders=['vicc'],
                   small_run=dict(TINY, cycles=0))
     assert pictures(execute(values, tmp_path, 'run_compare')) == 2
     rows = [line.split(',') for line in (tmp_path/'out'/'compare_encoders.csv').read_text().splitlines()]

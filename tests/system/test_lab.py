@@ -111,7 +111,7 @@ def emptied(path: Path) -> None:
     nbformat.write(notebook, path)
 
 @pytest.mark.parametrize('names',
-                         [['05_prototypes'], ['06_losses'], ['viz/explorer'],
+                         [['05_prototypes'], ['viz/explorer'],
                           ['run_pretrain', 'run_prototypes']], ids=lambda names: names[-1])
 @pytest.mark.timeout(800)
 def test_runs_in_jupyterlab(lab, names):

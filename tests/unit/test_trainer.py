@@ -88,3 +88,17 @@ def test_checkpoints_say_how_many_clips_each_process_had(store, cpu):
         trainer.accelerator = SimpleNamespace(num_processes=processes, mixed_precision='no')
         found.append(trainer.fingerprint()['processes'])
     assert found == [1, '4 × 48']
+
+def test_a_loss_of_ones_own_is_used_with_chunks_and_without(store, cpu):
+    class Shifted(Trainer):
+        def compute_loss(self, scores, assignments): return super().compute_loss(scores, assignments) + 5
+    data = TwoStreamDataset(store, None, ('flow',), 8, views=ViewSettings(size=32))
+    batch = collate([data[sample] for sample in range(8)])
+    def loss(kind, accumulate):
+        torch.manual_seed(0)
+        settings = replace(SETTINGS, batch_size=8, accumulate=accumulate)
+        trainer = kind('flow', Stream('small', 6, 8, {'width': 4}), settings, data, cpu)
+        metrics = trainer.create_metrics()
+        trainer.step(batch, 1, metrics)
+        return metrics.loss.item()
+    for accumulate in (1, 2): assert abs(loss(Shifted, accumulate) - loss(Trainer, accumulate) - 5) < 1e-4
