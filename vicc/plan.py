@@ -34,6 +34,7 @@ from .engine.io import CommandParser, data_folder, read_json, write_text
 from .manifests import read_manifest
 from .prepare import available_cpus, read_checksums, Store, STREAMS
 from .recipe import new_streams, Recipe
+from .run_dir import check_batches
 
 # %% ../nbs/engine/plan.ipynb #9cb6f326
 def count_steps(
@@ -55,10 +56,8 @@ def hours_needed(
     speeds: Mapping[str, float],  # samples/s of 'single' and 'cross'
 ) -> float:  # hours of training; preparation and evaluation are not in it. NaN if a speed is NaN
     "Count how long a recipe trains. Raises ValueError for too few videos for one batch."
+    check_batches(recipe, num_videos)
     table = count_steps(recipe, num_videos)
-    if not table.steps.all():
-        largest = max(stage.settings.batch_size for stage in recipe.plan())
-        raise ValueError(f'{num_videos} videos do not fill one batch of {largest}')
     return float((table.samples/table.kind.map(speeds)).sum(skipna=False)/3600)
 
 def format_hours(hours: float) -> str:
@@ -487,8 +486,7 @@ def report_plan(
         recipe.check_store(store)
         train, test, origin = store.select(train), store.manifest, 'the store'
     videos = describe_videos(recipe, train, test, origin, values.frames)
-    hours_needed(recipe, videos.train, dict(single=1, cross=1))  # enough videos for a batch
-    for stage in recipe.plan(): stage.settings.divide_batch(processes)
+    check_batches(recipe, videos.train, processes)
     rows, base = read_rows(values.speeds), psutil.Process().memory_info().rss/1e9
     if values.measure:
         with tempfile.TemporaryDirectory() as folder:

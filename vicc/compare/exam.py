@@ -25,9 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..augment import apply_view, center_crop, ViewSettings
-from vicc.encoders import (
-    check_encoder, load_encoder, random_encoder, stream_encoder, VideoEncoder,
-)
+from ..encoders import check_encoder, load_encoder, random_encoder, stream_encoder, VideoEncoder
 from ..engine.io import CommandParser, write_text
 from ..evaluation import cosine_similarity
 from ..flow import compute_flow, quantise
@@ -143,7 +141,7 @@ def encode_clips(
 
 # %% ../../nbs/compare/exam.ipynb #34c7d256
 EXAM_PAIRS = {'arrow': ('slowing', 'backwards'), 'order': ('shapes', 'shuffled'),
-               'speed': ('paced', 'double'), 'still': ('shapes', 'still')}  # test → scene and change
+              'speed': ('paced', 'double'), 'still': ('shapes', 'still')}  # test → scene and change
 VIDEO_PAIRS = {test: ('video', change) for test, (_, change) in EXAM_PAIRS.items()}
 SWAPPED = ('query', 'same motion', 'same looks')
 
