@@ -47,12 +47,13 @@ def save_stage_result(
 
 def check_preconditions(
     method: MethodSpec,  # what happens in a step
+    recipe: Recipe,  # how many cycles
     train: Sequence[str],  # streams to train
     accelerator: Accelerator,  # device and precision
 ) -> None:
     "Raises ValueError for what cannot work, before any work."
-    if method.uses_teacher and set(train) != set(STREAMS):
-        raise ValueError(f'{method.name} teaches each stream by the other: train both')
+    if method.uses_teacher and recipe.cycles and set(train) != set(STREAMS):
+        raise ValueError(f'{method.name} teaches each stream by the other: train both, or set cycles to 0')
     check_precision(accelerator)
 
 # %% ../nbs/08_alternation.ipynb #88ba522b
@@ -65,12 +66,12 @@ def alternate(
     log: Callable[[str], None] = print,  # where the line an epoch goes
     log_every: int = 1,  # epochs from one line to the next
     method: MethodSpec = VICC,  # what happens in a step; see compare/baselines
-    train: Sequence[str] = STREAMS,  # only these streams; a method that is taught needs both
+    train: Sequence[str] = STREAMS,  # only these streams; with a teacher, cycles need both
     accept_changes: bool = False,  # go on with other OVERRIDABLE_KEYS than the run began with
 ) -> pd.DataFrame:  # the history: a row for every epoch of every stage
     "Train as the recipe says, or go on with it. Raises ValueError; Interrupted (exit code 143) on SIGTERM."
-    folder, accelerator = Path(folder), accelerator or Accelerator(mixed_precision=recipe.mixed_precision)
-    check_preconditions(method, train, accelerator)
+    folder, accelerator = Path(folder), accelerator or Accelerator(mixed_precision=recipe.precision())
+    check_preconditions(method, recipe, train, accelerator)
     recipe.check_store(store)
     metric_logger = MetricLogger(folder, recipe)
     lock = folder_lock(folder) if accelerator.is_main_process else nullcontext()

@@ -105,7 +105,7 @@ class BenchConfig:
         size = recipe.cross_batch_size if kind == 'cross' else recipe.single_batch_size
         about = dict(backbone=recipe.backbone, kind=kind, batch_size=size//self.processes,
                      clip=f'{recipe.clip_length}×{view}×{view}', size=self.size, device=self.device,
-                     precision=recipe.mixed_precision, compiled=recipe.compile, graphs=self.graphs)
+                     precision=recipe.precision(self.device), compiled=recipe.compile, graphs=self.graphs)
         if recipe.backbone_options: about['options'] = recipe.backbone_options
         return about | (dict(accumulate=recipe.accumulate) if recipe.accumulate > 1 else {})
 
@@ -196,7 +196,7 @@ def bench_loader(
 
 def new_trainer(config: BenchConfig, kind: str) -> tuple[Trainer, dict[str, Any]]: # of 'single' or 'cross'
     "Build a trainer of RGB with random weights, and read a batch for it."
-    accelerator = Accelerator(mixed_precision=config.recipe.mixed_precision, cpu=config.device == 'cpu')
+    accelerator = Accelerator(mixed_precision=config.recipe.precision(config.device), cpu=config.device == 'cpu')
     streams, size = new_streams(config.recipe), config.describe(kind)['batch_size']
     stage = next(stage for stage in config.recipe.plan() if bool(stage.cycle) == (kind == 'cross'))
     dataset = training_dataset(config, kind, size)
@@ -252,8 +252,8 @@ def bench_evaluation(config: BenchConfig) -> Iterator[dict[str, Any]]: # clips/s
     clips = TestClips(config.store, rows, clip_length=recipe.clip_length, cache_gib=0)
     encoder = inference_copy(new_streams(recipe)['rgb'].to(device).eval()).features
     kinds = dict(fp16=torch.float16, bf16=torch.bfloat16)
-    if recipe.mixed_precision in kinds:
-        encoder = torch.autocast(device, kinds[recipe.mixed_precision])(encoder)
+    if (precision := recipe.precision(device)) in kinds:
+        encoder = torch.autocast(device, kinds[precision])(encoder)
     batch = config.describe('cross')['batch_size']
     work = partial(extract_features, encoder, clips, recipe.view_size, None, batch, device,
                    workers)

@@ -21,6 +21,7 @@ from . import __version__
 
 # %% ../nbs/engine/cli.ipynb #022467dc
 COMMANDS = {  # name → function, and what it does
+    'suggest': ('vicc.recipe:suggest_command', 'write a recipe for your videos, and why'),
     'prepare': ('vicc.prepare:main', 'turn videos into a store of RGB and flow'),
     'train': ('vicc.alternation:main', 'train both streams as a recipe says, or go on with it'),
     'evaluate': ('vicc.commands:evaluate_command', 'retrieval and quick probe of saved streams'),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_precision', 'import_method', 'train_from_files', 'train_command', 'evaluation_remarks', 'trained_on_remarks',
-           'evaluate_loaded', 'check_places', 'load_encoders', 'evaluate_files', 'evaluate_command']
+           'random_streams', 'chance_scores', 'evaluate_loaded', 'parse_streams', 'check_places', 'load_encoders',
+           'evaluate_files', 'evaluate_command']
 
 # %% ../nbs/engine/commands.ipynb #35f35ff8
 import argparse
@@ -24,11 +25,11 @@ from accelerate.utils import str_to_bool
 
 from .audit import ablate_protocol
 from .backbones import create_backbone
-from .encoders import check_encoder, evaluate_encoder, load_encoder, VideoEncoder
+from .encoders import check_encoder, drawn_from, evaluate_encoder, load_encoder, VideoEncoder
 from .data import TestClips
-from .engine.distributed import Interrupted, rejoin_after_restart
+from .engine.distributed import has_bf16, Interrupted, rejoin_after_restart
 from .engine.io import CommandParser, import_object, short_repr, write_text
-from .evaluation import evaluate_stream, two_stream_recall
+from .evaluation import chance_recall, evaluate_stream, retrieval_scores
 from .manifests import check_train_test, number_classes, OverlapWarning, read_manifest
 from .plan import plan_line
 from .prepare import available_cpus, prepare, Store, STREAMS
@@ -42,13 +43,12 @@ from .trainer import MethodSpec, Trainer, VICC
 def check_precision(
     accelerator: Accelerator,  # device and precision
 ) -> None:
-    "Raises ValueError for a precision that the device does not have."
+    "Raises ValueError for a precision that the device does not have, or in which it computes wrongly."
     device, precision = accelerator.device, accelerator.mixed_precision
-    old = device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0)
-    if precision == 'fp16' and device.type == 'cpu' or precision == 'bf16' and old:
-        other = 'bf16' if precision == 'fp16' else 'fp16'
-        raise ValueError(f'this {device.type} cannot compute in {precision}: use mixed_precision '
-                         f'{other}, or no (float32)')
+    old = precision == 'bf16' and device.type == 'cuda' and not has_bf16('cuda')
+    if old or precision != 'no' and device.type == 'cpu':
+        raise ValueError(f'this {device.type} cannot compute gradients in {precision}: use mixed_precision '
+                         f'{"fp16, or " if old else ""}no (float32)')
 
 def import_method(
     text: str | None,  # 'module:name' of a subclass of Trainer, or of a MethodSpec; None: ViCC
@@ -71,7 +71,7 @@ def train_from_files(
     patience = timedelta(days=7)  # the others wait while process 0 prepares the store, on all cores
     use_gpu = torch.cuda.is_available() and not str_to_bool(os.environ.get('ACCELERATE_USE_CPU', 'false'))
     rejoin_after_restart('nccl' if use_gpu else 'gloo', patience)
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision,
+    accelerator = Accelerator(mixed_precision=recipe.precision(),
                               kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)])
     check_precision(accelerator)
     rows, store = read_manifest(values.manifest), values.store or Path(values.output)/'store'
@@ -87,7 +87,10 @@ def train_from_files(
         set_timeout = getattr(dist, 'set_timeout', dist.distributed_c10d._set_pg_timeout)  # its older name
         set_timeout(timedelta(hours=1))
     rows = store.select(rows)
-    if accelerator.is_main_process: print(plan_line(recipe, rows, accelerator))
+    if accelerator.is_main_process:
+        precision = accelerator.mixed_precision.replace('no', 'float32')
+        print(f'device {accelerator.device}, {precision}')
+        print(plan_line(recipe, rows, accelerator))
     train(recipe, store, values.output, rows, accelerator, method=method,
           accept_changes=values.accept_changes)
 
@@ -157,24 +160,58 @@ def trained_on_remarks(
     if seen == given: return []
     return [f'{name} was trained on other clips ({seen}) than the recipe has ({given})']
 
+def random_streams(
+    streams: Mapping[str, Stream],  # 'rgb', 'flow' or both
+    seed: int = 0,  # of the weights
+) -> dict[str, Stream]:  # by the same names
+    "Draw weights for streams of the same networks: what the architecture alone gives."
+    drawn = {}
+    for name, stream in streams.items():
+        with drawn_from(seed): drawn[name] = type(stream)(**stream._hub_mixin_config)
+    return drawn
+
+def chance_scores(
+    gallery: TestClips,  # of the training videos
+    queries: TestClips,  # of the test videos
+    ks: Sequence[int] = (1, 5, 10, 20, 50),  # neighbours
+) -> dict[str, float]:  # 'R@1', …, 'quick probe' (0–1)
+    "Compute what blind choice gives: random neighbours, and the most frequent class for the probe."
+    known, asked = video_labels(gallery), video_labels(queries)
+    frequent = (asked == known.mode().values).float().mean().item()
+    return chance_recall(asked.tolist(), known.tolist(), ks) | {'quick probe': frequent}
+
 def evaluate_loaded(
     streams: dict[str, Stream],  # 'rgb', 'flow' or both
     clips: dict[str, Sequence[TestClips]],  # of each: of the gallery and of the queries
     ks: Sequence[int],  # neighbours
     encoders: Mapping[str, VideoEncoder],  # others, with clips under the same names
+    seed: int = 0,  # of random weights
     **options: Any,  # size, crop, device, …: see evaluate_stream
-) -> pd.DataFrame:  # a row for each stream, for both and for each encoder: R@k, quick probe (shares 0–1)
+) -> pd.DataFrame:  # R@k, quick probe (shares 0–1): chance, random weights, streams, both, other encoders
     "Retrieval and quick probe of streams and other encoders, and retrieval of both streams together."
-    results, features = {}, {}
-    for name, stream in streams.items():
-        results[name], features[name] = evaluate_stream(stream, name, *clips[name], ks=ks, **options)
-    if len(streams) == 2:
-        recall = two_stream_recall(features, *(video_labels(part) for part in clips[name][::-1]), ks)
-        results['rgb + flow'] = {f'R@{k}': value for k, value in recall.items()}
+    sets = next(iter(clips.values()))
+    results, features = {'chance': chance_scores(*sets, ks)}, {}
+    for start, own in {'random ': random_streams(streams, seed), '': streams}.items():
+        for name, stream in own.items():
+            results[start + name], features[name] = evaluate_stream(stream, name, *clips[name], ks=ks,
+                                                                    **options)
+        if len(own) == 2:
+            known, asked = (video_labels(part) for part in sets)
+            groups = sets[1].kept_rows().group
+            results[f'{start}rgb + flow'] = retrieval_scores(features, asked, known, ks, groups)
     own = {name: options[name] for name in ('cache', 'device', 'workers')}
     for name, encoder in encoders.items():
         results[name], _ = evaluate_encoder(encoder, *clips[name], ks, **own)
-    return pd.DataFrame(results).T.rename_axis('stream')
+    return pd.DataFrame(results).T.rename_axis('encoder')
+
+def parse_streams(
+    words: Sequence[str],  # of a command line: 'rgb=PATH', 'flow=PATH'
+) -> list[tuple[str, str]]:  # 'rgb' or 'flow', and the path
+    "Take the names of streams and their paths apart. Raises ValueError."
+    for word in words:
+        name, _, path = word.partition('=')
+        if name not in STREAMS or not path: raise ValueError(f'{word}: write rgb=PATH or flow=PATH')
+    return [word.partition('=')[::2] for word in words]
 
 def check_places(
     values: argparse.Namespace,  # of the command line: device and output are used
@@ -208,13 +245,12 @@ def evaluate_files(
     values: argparse.Namespace,  # of the command line
 ) -> pd.DataFrame:  # of evaluate_loaded, or of ablate_protocol; with remarks, if any
     "Evaluate saved streams, or audit a file. Raises FileNotFoundError or ValueError before it computes."
-    paths, ks = dict(item.partition('=')[::2] for item in values.streams), (1, 5, 10, 20, 50)
-    wanted = bool(paths or values.encoder)
-    if len(paths) < len(values.streams) or set(paths) - set(STREAMS) or wanted == bool(values.released):
-        raise ValueError(f'{" ".join(values.streams)}: write rgb=PATH and flow=PATH, each at most once, or '
-                         '--encoder module:function, or --released FILE')
+    paths, ks = dict(parse_streams(values.streams)), (1, 5, 10, 20, 50)
+    if len(paths) < len(values.streams) or bool(paths or values.encoder) == bool(values.released):
+        raise ValueError('write rgb=PATH and flow=PATH, each at most once, or --encoder module:function, '
+                         'or --released FILE')
     check_places(values)
-    recipe, store = Recipe.read(values.recipe), Store(values.store)
+    recipe, store = Recipe.read(values.recipe, *values.set), Store(values.store)
     recipe.check_store(store)
     manifests = [read_manifest(path) for path in (values.gallery, values.queries)]
     check_train_test(*manifests)
@@ -236,7 +272,9 @@ def evaluate_files(
         print(describe_released(values.released))
         table = pd.concat({name: ablate_protocol(values.released, name, *sets, ks, **options)
                            for name, sets in clips.items()}, names=['read as'])
-    else: table = evaluate_loaded(loaded, clips, ks, encoders, released=recipe.released_habits, **options)
+    else:
+        habits = dict(released=recipe.released_habits, seed=recipe.seed)
+        table = evaluate_loaded(loaded, clips, ks, encoders, **habits, **options)
     return table.assign(remarks='; '.join(remarks)) if remarks else table
 
 def evaluate_command(
@@ -245,14 +283,15 @@ def evaluate_command(
     "The command `vicc evaluate`."
     usage = ('(rgb=PATH flow=PATH --encoder MODULE:FUNCTION | --released FILE)\n'
              '       --recipe FILE --store FOLDER --gallery CSV --queries CSV')
-    parser = CommandParser('vicc evaluate', usage, 'Retrieval and quick probe of saved streams; '
-                           'or audit a released file: every reading of retrieval.')
+    parser = CommandParser('vicc evaluate', usage, 'Retrieval and quick probe of saved streams and other '
+                           'encoders, beside chance and random weights; or audit a released file.')
     add, file, folder = parser.add_argument, dict(metavar='FILE'), dict(metavar='FOLDER')
     add('streams', nargs='*', metavar='NAME=PATH', help='a saved stream, or a .pth.tar, for rgb or flow')
     add('--recipe', required=True, **file, help='YAML with every value, or a name in nbs/recipes')
     add('--store', required=True, **folder, help='of the prepared videos')
     add('--gallery', required=True, metavar='CSV', help='the training videos')
     add('--queries', required=True, metavar='CSV', help='the test videos')
+    add('--set', nargs='*', action='extend', default=[], metavar='NAME=VALUE', help='values of the recipe')
     add('--encoder', action='append', default=[], metavar='MODULE:FUNCTION', help='any network: a function '
         'that returns a VideoEncoder, a module or another callable; may be given several times')
     add('--released', **file, help='a released .pth.tar, read in every way')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROBE_GRID', 'unit_vectors', 'cosine_similarity', 'nearest_neighbours', 'recall_at_k', 'retrieval_recall',
-           'chance_recall', 'extract_features', 'video_features', 'quick_probe', 'cached_features', 'evaluate_features',
-           'evaluate_stream', 'video_assignments', 'two_stream_recall']
+           'chance_recall', 'extract_features', 'video_features', 'quick_probe', 'cached_features', 'retrieval_scores',
+           'evaluate_features', 'evaluate_stream', 'video_assignments']
 
 # %% ../nbs/09_evaluation.ipynb #ceb8cf6d
 import math
@@ -31,7 +31,7 @@ from .fast.layers import inference_copy
 from .manifests import split_manifest
 from vicc.protocols import (
     batch_views, check_clips, check_features_and_labels, few_queries_remarks, iter_test_views,
-    one_random_clip, search_gallery, video_labels,
+    neighbour_hits, one_random_clip, search_gallery, share_with_interval, video_labels,
 )
 from .prototypes import sinkhorn
 from .streams import Stream
@@ -84,16 +84,8 @@ def recall_at_k(
     ks: Sequence[int] = (1, 5, 10, 20, 50),  # how many neighbours count
 ) -> dict[int, float]:  # k → share of queries, 0–1
     "Share of queries with a gallery video of their class among the first k."
-    whole = isinstance(similarity, Tensor)
-    shape = list(similarity.shape) if whole else [len(each) for each in similarity[0]]
-    check_features_and_labels(labels=(query_labels, gallery_labels))
-    if shape != [len(query_labels), len(gallery_labels)] or min(ks) < 1:
-        raise ValueError(f'{len(query_labels)} and {len(gallery_labels)} labels for {shape} cosines, and '
-                         f'ks={list(ks)}: give one label for each video, and k of at least 1')
-    most = min(max(ks), shape[1])
-    order = (similarity.topk(most, dim=1).indices if whole else search_gallery(similarity, most)[1]).cpu()
-    hits = torch.as_tensor(gallery_labels).cpu()[order] == torch.as_tensor(query_labels).cpu()[:, None]
-    return {k: hits[:, :k].any(1).float().mean().item() for k in ks}
+    hits = neighbour_hits(similarity, query_labels, gallery_labels, ks)  # bool [Q, len(ks)]
+    return dict(zip(ks, hits.float().mean(0).tolist()))
 
 def retrieval_recall(
     query_features: Tensor,  # [Q, F]
@@ -259,6 +251,21 @@ def cached_features(
     return cached_chunks(cache, key, chunk_ranges(clips, chunk_clips),
                          lambda chunk: extract_features(encoder, clips, numbers=chunk, **options))
 
+def retrieval_scores(
+    features: dict[str, dict[str, Tensor]],  # one stream or both: 'gallery' [G, F] and 'queries' [Q, F]
+    query_labels: Tensor,  # int [Q]
+    gallery_labels: Tensor,  # int [G]
+    ks: Sequence[int] = (1, 5, 10),  # neighbours
+    groups: Sequence[str] | None = None,  # [Q] recordings of the queries, for the interval
+) -> dict[str, float]:  # 'R@1', 'R@1 low', 'R@1 high', 'R@5', …: 0–1
+    "R@k by the sum of the streams' cosines, and the 95 % interval of R@1. Source: ViCC, section 4."
+    sets = [unit_vectors(stream['queries'], stream['gallery']) for stream in features.values()]
+    hits, scores = neighbour_hits(sets, query_labels, gallery_labels, ks), {}
+    for k, right in zip(ks, hits.T):
+        share = {f'R@{k}': right.double().mean().item()}
+        scores |= share_with_interval('R@1', right, groups) if k == 1 else share
+    return scores
+
 def evaluate_features(
     features: dict[str, Tensor],  # 'gallery' [G, F] and 'queries' [Q, F]
     gallery: TestClips,  # clips of the training videos: their labels and groups are used
@@ -266,12 +273,14 @@ def evaluate_features(
     ks: Sequence[int] = (1, 5, 10),  # neighbours for retrieval
     probe_epochs: int = 100,  # of the quick probe
     probe_grid: Sequence[tuple[float, float]] = (),  # its γ and λ: see quick_probe
-) -> dict[str, float]:  # 'R@1', …, 'quick probe' (0–1)
-    "Retrieval and quick probe of features."
+) -> dict[str, float]:  # 'R@1', 'R@1 low', 'R@1 high', …, 'quick probe', … (0–1)
+    "Retrieval and quick probe of features, with 95 % intervals of R@1 and quick probe over the groups."
     known, asked = (features['gallery'], video_labels(gallery)), (features['queries'], video_labels(queries))
-    recall = recall_at_k([unit_vectors(asked[0], known[0])], asked[1], known[1], ks)
-    accuracy, _ = quick_probe(*known, *asked, probe_epochs, probe_grid, gallery.kept_rows().group.tolist())
-    return {**{f'R@{k}': value for k, value in recall.items()}, 'quick probe': accuracy}
+    groups = queries.kept_rows().group
+    scores = retrieval_scores({queries.stream: features}, asked[1], known[1], ks, groups)
+    _, shares = quick_probe(*known, *asked, probe_epochs, probe_grid, gallery.kept_rows().group.tolist())
+    answers = torch.cat([known[1], asked[1]]).unique()[shares.argmax(1)]
+    return scores | share_with_interval('quick probe', answers == asked[1], groups)
 
 def evaluate_stream(
     stream: Stream,  # trained or not
@@ -311,14 +320,3 @@ def video_assignments(
     projections = F.normalize(cached_features(stream, clips, what='embed', **options), dim=1)
     scores = stream.prototypes(projections.to(stream.prototypes.weight.device))
     return sinkhorn(scores, epsilon, all_processes=False).cpu()
-
-# %% ../nbs/09_evaluation.ipynb #9d27fd72
-def two_stream_recall(
-    features: dict[str, dict[str, Tensor]],  # 'rgb' and 'flow', each: 'gallery' [G, F] and 'queries' [Q, F]
-    query_labels: Tensor,  # int [Q]
-    gallery_labels: Tensor,  # int [G]
-    ks: Sequence[int] = (1, 5, 10, 20, 50),  # neighbours
-) -> dict[int, float]:  # k → share of queries, 0–1
-    "R@k by the sum of the streams' cosines. Source: ViCC, section 4."
-    sets = [unit_vectors(stream['queries'], stream['gallery']) for stream in features.values()]
-    return recall_at_k(sets, query_labels, gallery_labels, ks)

@@ -9,7 +9,8 @@ __all__ = ['X264_PRESETS', 'STREAMS', 'FLOW_LAYOUTS', 'METADATA_COLUMNS', 'CHECK
            'make_video', 'prepare_video', 'prepare_task', 'read_store_settings', 'read_checksums',
            'label_mismatch_remark', 'Store', 'package_version', 'init_store', 'choose_device', 'flow_made_by',
            'available_cpus', 'source_replaced', 'find_prepared_videos', 'check_request', 'check_against_store',
-           'run_tasks', 'gather_shards', 'write_report', 'finalize_store', 'prepare', 'shard_from_environment', 'main']
+           'run_tasks', 'gather_shards', 'common_rate', 'frame_rate_remark', 'write_report', 'finalize_store',
+           'prepare', 'shard_from_environment', 'main']
 
 # %% ../nbs/datasets/prepare.ipynb #38004f08
 import errno
@@ -627,6 +628,28 @@ def gather_shards(
         for known, other in zip((results, problems), read_json(file)): known.update(other)
     return True
 
+def common_rate(
+    rates: pd.Series,  # frames a second, at least one
+) -> float:
+    "A rate for all: that which nine of ten videos reach, halved while it is above 31."
+    rate = rates.quantile(.1, 'lower')
+    while rate > 31: rate /= 2  # the paper's videos have 25
+    return max(1., float(rate))
+
+def frame_rate_remark(
+    rates: pd.Series,  # frames a second, one for each video; 0: not known
+    frames: int = 32,  # of a clip, from its first to its last
+) -> str:  # a sentence; empty if all have one rate
+    "Say how long clips last where videos have several frame rates: a clip is counted in frames."
+    known = rates[rates > 0]
+    if known.empty or known.max() <= 1.02*known.min(): return ''
+    counts = known.round(1).value_counts()
+    listed = [f'{rate:g} ({count:,})' for rate, count in counts[:3].items()]
+    if len(counts) > 3: listed.append(f'others ({counts[3:].sum():,})')
+    return (f'videos have {", ".join(listed)} frames a second: a clip of {frames} frames lasts '
+            f'{frames/known.max():.2g} to {frames/known.min():.2g} s (a store prepared with '
+            f'--fps {common_rate(known):g}, store_fps in a recipe, makes them alike)')
+
 def write_report(
     store: Path,  # the store's folder
     results: dict[str, dict],  # video → what prepare_video returns
@@ -647,6 +670,8 @@ def write_report(
     text = text.format(**report, rate=report['frames_made']/max(seconds, 1e-3))
     noted = next((f'{video}: {result["note"]}' for video, result in results.items() if result['note']), '')
     if noted: text = f'{text}\n  notes are in manifest.csv, such as {noted}'
+    if remark := frame_rate_remark(pd.Series([row['fps'] for row in results.values()])):
+        text = f'{text}\n  {remark}'
     if not problems: return text
     names = ', '.join(listed.video[:10]) + (' …' if len(problems) > 10 else '')
     return f'{text}\n  these were set aside: {names}; problems.csv says why'
@@ -705,6 +730,7 @@ def prepare(
     set_aside = require_videos(missing, videos, follow_links, int(max_failed*len(rows)))
     set_aside |= check_against_store(rows, earlier)
     made_by = flow_made_by(settings, device, flow_from) if len(missing) else None
+    if len(missing) and not settings.fps and (remark := frame_rate_remark(rows.fps)): log(f'note: {remark}')
     init_store(store, settings, made_by)
     if not len(missing) and not os.access(store, os.W_OK): return Store(store)  # on a read-only disk
     remove_partial_files(store)

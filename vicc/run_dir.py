@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from .data import TwoStreamDataset
 from .engine.io import read_text, short_repr, write_text, yaml_text
-from .prepare import STREAMS
+from .prepare import frame_rate_remark, STREAMS
 from .recipe import PlannedStage, Recipe, RUN_KEYS, stage_keys
 from .streams import save_stream, Stream
 from .trainer import MethodSpec, OVERRIDABLE_FIELDS
@@ -139,17 +139,10 @@ def video_remarks(
     if short:
         remarks.append(f'{short} of {len(rows)} videos are shorter than a clip ({span} frames): their first '
                        'frame is repeated in front')
-    rates = rows.fps[rows.fps > 0]  # 0: the store does not know
-    usual = rates.mode().max()
-    others = rates[(rates - usual).abs() > .02*usual]
-    if len(others):
-        shortest, longest = span/rates.max(), span/rates.min()
-        remarks.append(f'{len(others)} of {len(rows)} videos do not have the {usual:g} frames a second of '
-                       f'most: a clip lasts {shortest:.2g} to {longest:.2g} s (store_fps={usual:g} brings '
-                       'all to one rate)')
+    if remark := frame_rate_remark(rows.fps, span): remarks.append(remark)
     for stage in recipe.plan():
         settings = stage.settings
-        if settings.freeze_prototypes_epochs >= settings.epochs:
+        if settings.freeze_prototypes_epochs > settings.epochs:
             remarks.append(f'the prototypes do not move in {stage.title} (freeze_prototypes '
                            f'{settings.freeze_prototypes_epochs}, and {settings.epochs} epochs)')
         if settings.queue_length and settings.queue_start_epoch >= settings.epochs:

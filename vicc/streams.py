@@ -130,6 +130,16 @@ class Stream(nn.Module, PyTorchModelHubMixin, library_name='vicc', model_card_te
         self.prototypes = Prototypes(num_prototypes, projection_dim)
 
     @classmethod
+    def from_pretrained(cls,
+        name: str | os.PathLike,  # a folder, or 'user/name' on the hub
+        **options: Any,  # of huggingface_hub's mixin, such as revision; or of the constructor
+    ) -> 'Stream':
+        "Read a saved stream. Raises FileNotFoundError for a folder without one, before the hub is asked."
+        path, outside = Path(name), os.fspath(name).startswith(('.', '~'))
+        if outside or path.is_dir() or len(path.parts) != 2 or path.parent.exists(): _verify_files(path)
+        return super().from_pretrained(name, **options)
+
+    @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **options: Any) -> 'Stream':
         return super()._from_pretrained(strict=strict, **options)  # a missing tensor is an error
 

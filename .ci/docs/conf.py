@@ -21,6 +21,7 @@ html_theme = 'sphinx_book_theme'
 html_theme_options = {'show_navbar_depth': 1, 'use_download_button': False, 'use_fullscreen_button': False, 'show_toc_level': 2,
                       'navbar_persistent': []}
 html_copy_source = False
+html_extra_path = [str(path) for path in (ROOT/'runs'/'prototypes').glob('explorer.html')]
 html_static_path = ['static', str(ROOT/'_proc'/'katex')]
 # Equations: KaTeX lies beside the pages, so that they can be read offline
 mathjax_path = 'katex.min.js'

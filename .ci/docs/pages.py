@@ -21,6 +21,8 @@ GROUPS = {'': 'The paper', 'experiments': 'Experiments', 'howto': 'How to', 'dat
 # What the front page offers first: words, page, heading
 START = [('the paper in ten minutes', '00_tour', ''), ('the main job with its pictures', 'run_pretrain', ''), ('clips that play, by prototype', 'run_prototypes', 'the-explorer'),
          ('your own videos', 'howto/own_data', ''), ('every name', 'api/index', '')]
+# The page that run_prototypes wrote, if it was run here: `conf.py` copies it to the root of the site
+EXPLORER = Path('runs', 'prototypes', 'explorer.html')
 # Text in which no name becomes a link: code blocks, equations, links and pictures, tags, addresses, directives
 KEPT = r'^(?P<fence>`{3,}|~{3,}).*?^(?P=fence)|\$\$.*?\$\$|\$[^$\n]+\$|!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\)|<[^>\s][^>\n]*>|https?://\S+|`[^`\n]+`'
 
@@ -162,7 +164,7 @@ def page_cells(notebook: Notebook, number: int, links: Links) -> list[dict]:
     shown = dict(cell_type='code', metadata={'tags': tags}, source=code, outputs=outputs, execution_count=None)
     return [markdown(f'({anchor(notebook, number)})=')]*(number in notebook.cell_of.values()) + [shown]
 
-def notebook_page(notebook: Notebook, links: Links, repository: str) -> dict:
+def notebook_page(notebook: Notebook, links: Links, repository: str, explorer: bool = False) -> dict:
     "The notebook that stands for the page."
     cells = [shown for number in range(len(notebook.cells)) for shown in page_cells(notebook, number, links)]
     line = []
@@ -172,6 +174,7 @@ def notebook_page(notebook: Notebook, links: Links, repository: str) -> dict:
     if notebook.name == 'index':
         first = [f'[{words}]({place}.{"md" if "api/" in place else "ipynb"}{"#"*bool(heading)}{heading})'
                  for words, place, heading in START if place in {*links.notebooks, 'api/index'}]
+        if explorer: first.insert(-1, f'<a href="{EXPLORER.name}">all prototypes of the stored run</a>')
         before, about, after = cells[0]['source'].partition(notebook.about)
         cells[0] = markdown(f'{before}{about}\n\nBegin with {" · ".join(first)}\n{after}')
     if line: cells.insert(1, markdown('{.about}\n' + ' · '.join(line)))
@@ -256,7 +259,7 @@ def write_site(root: Path, target: Path, colab: Path, names: list[str] | None = 
     for folder in (target, colab): shutil.rmtree(folder, ignore_errors=True)
     (target/'api').mkdir(parents=True)
     for notebook in notebooks:
-        page = notebook_page(notebook, links, repository)
+        page = notebook_page(notebook, links, repository, (root/EXPLORER).is_file())
         if notebook.name == 'index': page['cells'].append(dict(markdown(contents(notebooks, stored)), id='contents'))
         (target/notebook.name).parent.mkdir(parents=True, exist_ok=True)
         (target/f'{notebook.name}.ipynb').write_text(json.dumps(page), encoding='utf-8')

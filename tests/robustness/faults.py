@@ -32,7 +32,7 @@ import torch
 
 from kill_training import differences, prepare_run
 
-TINY = dict(single_epochs_rgb=2, single_epochs_flow=1, cross_epochs=1, cycles=1, single_batch_size=2, cross_batch_size=2, workers=0, cache_gib=0.0)
+TINY = dict(single_epochs_rgb=2, single_epochs_flow=1, cross_epochs=1, cycles=1, cross_freeze_prototypes=0, single_batch_size=2, cross_batch_size=2, workers=0, cache_gib=0.0)
 STEPS = 8  # an epoch; all in all 40, from rgb-1 to flow-2
 PATIENCE = 180  # seconds that anything may take
 COLUMNS = ('fault', 'done', 'wanted', 'said', 'exit_code', 'said_so', 'exit_as_wanted', 'sound_checkpoints', 'went_on', 'identical', 'seconds', 'machine')

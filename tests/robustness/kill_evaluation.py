@@ -28,7 +28,7 @@ from vicc.engine.fit import RunConfig, TIMING
 from vicc.engine.io import find_project
 from vicc.alternation import new_streams
 from vicc.compare.finetune import FINE_TUNING, LINEAR_PROBE, TRAINING_VIEWS, accuracy, train_and_test_classifier
-from vicc.evaluation import evaluate_stream, two_stream_recall
+from vicc.evaluation import evaluate_stream, retrieval_scores
 from vicc.engine.io import write_text, atomic_write
 from vicc.manifests import read_manifest
 from vicc.prepare import Store, prepare
@@ -61,8 +61,7 @@ def evaluate(folder: Path, output: Path) -> None:
         numbers[f'features {name}'] = row
         tensors |= {f'{name} {what}': value for what, value in features[name].items()}
     train_labels, test_labels = (torch.tensor(clips.kept_rows().label.to_numpy()) for clips in sets)
-    recall = two_stream_recall(features, test_labels, train_labels)
-    numbers['both'] = {f'R@{k}': value for k, value in recall.items()}
+    numbers['both'] = retrieval_scores(features, test_labels, train_labels)
     views, classes = replace(TRAINING_VIEWS, size=recipe.view_size), int(train_labels.max()) + 1
     test_clips = recipe.test_clips(store, rows['test'], 'rgb')
     protocols = {'linear probe': LINEAR_PROBE, 'fine-tuning': replace(FINE_TUNING, dropout=.2)}

@@ -26,7 +26,7 @@ from vicc.engine.io import find_project
 from vicc.synthetic import make_moving_shapes
 from vicc.engine.fit import TIMING
 
-TINY = dict(single_epochs_rgb=3, single_epochs_flow=3, cross_epochs=3, cycles=2, single_batch_size=4, cross_batch_size=4, num_prototypes=6, projection_dim=8, queue_length=16,
+TINY = dict(single_epochs_rgb=3, single_epochs_flow=3, cross_epochs=3, cycles=2, cross_freeze_prototypes=0, single_batch_size=4, cross_batch_size=4, num_prototypes=6, projection_dim=8, queue_length=16,
             backbone_options={'width': 4}, save_every_steps=1, cache_gib=1.0)
 
 def prepare_run(folder: Path, **changes: object) -> list[str]:

@@ -262,6 +262,11 @@ def misspelt_column(folder):
     return says(r'm.csv: columns that are not used: Lable \(did you mean label\?\)$'), message(table, folder, 'video,Lable,mine\na.mp4,1,x\n')
 
 
+@case('table', 'class for label, beside class_name')
+def class_for_label(folder):
+    return says(r'm.csv: columns that are not used: class \(did you mean label\?\)$'), message(table, folder, 'video,class,class_name\na.mp4,1,run\nb.mp4,0,walk\n')
+
+
 @case('table', 'a row without a label, of a class that has one')
 def label_of_the_class(folder):
     return [['a.mp4', 3], ['b.mp4', 3], ['c.mp4', -1]], rows(table(folder, 'video,label,class_name\na.mp4,3,run\nb.mp4,,run\nc.mp4,,walk\n'))
@@ -389,7 +394,8 @@ def empty_columns(folder):
 
 @case('table', 'UTF-16, as spreadsheets call Unicode')
 def utf16(folder):
-    return says("m.csv is not UTF-8 text .*: it is UTF-16: save it as UTF-8"), message(table, folder, 'video,label\na.mp4,1\n'.encode('utf-16'))
+    said = {message(table, folder, 'video,label\na.mp4,1\n'.encode(code)) for code in ('utf-16', 'utf-16-le', 'utf-16-be')}  # with a mark, and without
+    return says("m.csv is not UTF-8 text [^;]*: it is UTF-16: save it as UTF-8[^;]*$"), '; '.join(said)
 
 
 @case('table', 'Latin-1')

@@ -25,7 +25,7 @@ from kill_training import differences, prepare_run, steps_seen
 from vicc.manifests import read_manifest, write_manifest
 
 RECIPES = Path(__file__).parents[2]/'nbs'/'recipes'
-TINY = dict(single_epochs_rgb=2, single_epochs_flow=1, cross_epochs=1, cycles=1)
+TINY = dict(single_epochs_rgb=2, single_epochs_flow=1, cross_epochs=1, cycles=1, cross_freeze_prototypes=0)
 PATIENCE = 300  # seconds that anything may take
 STAND_INS = {
     'srun': '''#!/bin/bash

@@ -49,7 +49,7 @@ def main() -> None:
     from vicc.recipe import Recipe
     from vicc.prepare import prepare
     from vicc.synthetic import make_moving_shapes
-    recipe = Recipe.read(ROOT/'nbs'/'recipes'/'demo.yaml', single_epochs_rgb=5, single_epochs_flow=5, cross_epochs=5, cycles=1)
+    recipe = Recipe.read(ROOT/'nbs'/'recipes'/'demo.yaml', single_epochs_rgb=5, single_epochs_flow=5, cross_epochs=5, cycles=1, cross_freeze_prototypes=0)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         made = make_moving_shapes(Path(folder)/'shapes', 400, 8)

@@ -151,6 +151,9 @@ def test_builds_with_sphinx(tmp_path):
     katex = root/'_proc'/'katex'  # an empty one: the real one is fetched by .ci/build_docs
     katex.mkdir(parents=True)
     for name in ('katex.min.js', 'katex.min.css'): (katex/name).touch()
+    explorer = root/'runs'/'prototypes'/'explorer.html'
+    explorer.parent.mkdir(parents=True)
+    explorer.write_text('<p>clips</p>')
     pages.write_site(root, root/'_proc'/'site', root/'_proc'/'colab')
     ran = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-c', root/'.ci'/'docs', '-d', root/'doctrees', root/'_proc'/'site', root/'_docs'],
                          capture_output=True, text=True)
@@ -162,4 +165,5 @@ def test_builds_with_sphinx(tmp_path):
     assert 'id="vicc.queue.assign"' in page and 'id="vicc.queue.Queue.full"' in page and '[N, K] similarities' in page
     assert 'href="../08_queue.html#cell-queue-2"' in page
     assert 'href="api/index.html"' in (root/'_docs'/'index.html').read_text(encoding='utf-8').split('every name')[0][-200:]
+    assert '<a href="explorer.html">' in (root/'_docs'/'index.html').read_text(encoding='utf-8') and (root/'_docs'/'explorer.html').is_file()
     assert 'vicc.queue' in (root/'_docs'/'searchindex.js').read_text(encoding='utf-8')

@@ -16,7 +16,7 @@ from vicc.trainer import Trainer
 def test_an_alternation_goes_on_where_it_was(tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     store = shapes_store(tmp_path)
-    recipe = DEMO.replace(mixed_precision='bf16', compile=True, single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=2, cycles=1, single_batch_size=4, cross_batch_size=4, single_schedule_epochs=0,
+    recipe = DEMO.replace(mixed_precision='bf16', compile=True, single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=2, cycles=1, cross_freeze_prototypes=0, single_batch_size=4, cross_batch_size=4, single_schedule_epochs=0,
                      cross_schedule_epochs=0, queue_length=8, single_queue_start_rgb=0, single_queue_start_flow=0, cross_queue_start=0, online_every=0, save_every_steps=1)
     whole = alternate(recipe, store, tmp_path/'whole', accelerator=Accelerator(mixed_precision='bf16'), log=lambda line: None)
     step, seen = Trainer.step, []

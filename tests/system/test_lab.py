@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PICTURES = os.environ.get('LAB_PICTURES')
 PICTURES = Path(PICTURES) if PICTURES else None
 SMALL = {'run_pretrain.ipynb': dict(num_train_videos=16, num_test_videos=8, collapse_lesson=False, changes=dict(
-    single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=1, cycles=1, single_batch_size=8, cross_batch_size=8,
+    single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=1, cycles=1, cross_freeze_prototypes=0, single_batch_size=8, cross_batch_size=8,
     num_prototypes=8))}
 WRITTEN = {'run_pretrain.ipynb': ['pretrain/metrics.json', 'pretrain/pictures/training.png'],
            'run_prototypes.ipynb': ['prototypes/metrics.json', 'prototypes/explorer.html']}

@@ -20,7 +20,7 @@ from vicc.trainer import MethodSpec, VICC
 
 @pytest.fixture(scope='module')
 def recipe():
-    return Recipe.read('demo', single_epochs_rgb=1, single_epochs_flow=2, cross_epochs=1, cycles=1,
+    return Recipe.read('demo', single_epochs_rgb=1, single_epochs_flow=2, cross_epochs=1, cycles=1, cross_freeze_prototypes=0,
                        single_batch_size=8, cross_batch_size=8, num_prototypes=8)
 
 
@@ -55,7 +55,8 @@ def test_batches_and_clips_that_do_not_fit_are_told_before_the_folder_is_taken(r
     large = recipe.replace(cross_batch_size=17, clip_length=20)
     with pytest.raises(ValueError, match='16 videos do not fill one batch of 17: .*single_batch_size=16 cross_batch_size=16'): alternate(large, store, tmp_path/'run', **run)
     assert not (tmp_path/'run'/'recipe.yaml').exists()
-    alternate(large.replace(cross_batch_size=8, cycles=0), store, tmp_path/'run', **run)
+    alternate(large.replace(cross_batch_size=8, cycles=0), store, tmp_path/'run', train=('flow',), **run)  # without cycles no teacher is needed
+    assert load_stream(tmp_path/'run'/'stages'/'01-flow-1'/'stream').trained_on.modality == 'flow' and not (tmp_path/'run'/'stages'/'00-rgb-1').exists()
     assert [line for line in lines if 'note' in line] == ['note: 16 of 16 videos are shorter than a clip (20 frames): their first frame is repeated in front']
 
 
@@ -80,7 +81,7 @@ def test_prototypes_are_carried_over_and_the_teachers_are_not_used(trained):
 def test_streams_record_what_they_were_trained_on(recipe, run, trained):
     streams = trained | {f'{name} random': load_stream(run[0]/'stages'/'random'/name) for name in ('rgb', 'flow')}
     for title, stream in streams.items():
-        assert stream.trained_on == TrainedOn(modality=title.split('-')[0].split()[0], clip_length=8, stride=1, view_size=32)
+        assert stream.trained_on == TrainedOn(modality=title.split('-')[0].split()[0], clip_length=8, stride=1, view_size=recipe.view_size)
 
 
 def test_optimizer_and_queue_are_new_and_the_teacher_is_frozen(recipe, store, cpu, trained):
@@ -143,9 +144,10 @@ def test_a_begun_stage_becomes_longer_where_its_schedule_permits(recipe, store, 
     assert weights('run 5') == weights('whole') and Recipe.read(tmp_path/'run 5'/'recipe.yaml').single_epochs_rgb == 4
 
 
-def test_fp16_without_a_gpu_is_refused(recipe, store, tmp_path):
-    class Half: device, mixed_precision = torch.device('cpu'), 'fp16'
-    with pytest.raises(ValueError, match='cannot compute in fp16'): alternate(recipe, store, tmp_path/'run', accelerator=Half())
+def test_half_precision_without_a_gpu_is_refused(recipe, store, tmp_path):
+    for precision in ('fp16', 'bf16'):
+        half = SimpleNamespace(device=torch.device('cpu'), mixed_precision=precision)
+        with pytest.raises(ValueError, match=f'this cpu cannot compute gradients in {precision}: use mixed_precision no'): alternate(recipe, store, tmp_path/'run', accelerator=half)
     assert not (tmp_path/'run').exists()
 
 
@@ -160,7 +162,7 @@ def test_other_frame_rates_are_counted(recipe, store):
     assert video_remarks(recipe, store.manifest) == []
     mixed = store.manifest.assign(fps=[25.]*12 + [50., 12.5, 25.2, 0.])
     [remark] = video_remarks(recipe, mixed)
-    assert remark.startswith('2 of 16 videos do not have the 25 frames a second of most: a clip lasts 0.16 to 0.64 s')
+    assert remark.startswith('videos have 25 (12), 50 (1), 12.5 (1), others (1) frames a second: a clip of 8 frames lasts 0.16 to 0.64 s')
 
 
 def test_a_run_of_before_does_not_go_on_with_other_batches(recipe, store, tmp_path):

@@ -63,7 +63,7 @@ def test_a_stream_has_the_numbers_of_evaluate_stream(data):
     encoder = stream_encoder(stream, crop=48)
     clips = [encoder.test_clips(data[0], rows, RECIPE) for rows in data[1]]
     scores, features = evaluate_encoder(encoder, *clips, ks=(1, 3))
-    same, theirs = evaluate_stream(stream, 'flow', *clips, size=32, crop=48, ks=(1, 3))
+    same, theirs = evaluate_stream(stream, 'flow', *clips, size=RECIPE.view_size, crop=48, ks=(1, 3))
     assert scores == same and torch.allclose(features['gallery'], theirs['gallery'], atol=1e-6)
     with pytest.raises(ValueError, match='trained on flow, not on rgb'): stream_encoder(stream, 'rgb')
 

@@ -20,13 +20,15 @@ from vicc.data import TestClips
 from vicc.engine.cache import chunk_ranges
 from vicc.evaluation import (
     cached_features, chance_recall, cosine_similarity, evaluate_stream, extract_features, nearest_neighbours,
-    quick_probe, recall_at_k, retrieval_recall, two_stream_recall, unit_vectors, video_features,
+    quick_probe, recall_at_k, retrieval_recall, retrieval_scores, unit_vectors, video_features,
 )
 from vicc.engine.io import find_project
 from vicc.fast.views import IDENTITY_FACTORS
 from vicc.manifests import OverlapWarning
 from vicc.prepare import STREAMS, prepare
-from vicc.protocols import iter_test_views, one_random_clip, overlap_remarks, released_jitter_params, search_gallery
+from vicc.protocols import (
+    bootstrap_interval, iter_test_views, one_random_clip, overlap_remarks, paired_difference, released_jitter_params, search_gallery,
+)
 from vicc.recipe import Recipe
 from vicc.streams import Stream, TrainedOn, export_released
 from vicc.synthetic import make_moving_shapes
@@ -149,7 +151,7 @@ def test_a_large_search_takes_little_memory():
     features = {name: {what: torch.randn(count, 4, generator=g) for what, count in (('queries', 3000), ('gallery', 8000))} for name in ('rgb', 'flow')}
     labels, (queries, gallery) = (torch.arange(3000) % 400, torch.arange(8000) % 400), features['rgb'].values()
     with LargestTensor() as watch:
-        two_stream_recall(features, *labels)
+        retrieval_scores(features, *labels)
         retrieval_recall(queries, labels[0], gallery, labels[1])
         nearest_neighbours(queries, gallery)
     assert 2**23 < watch.numel <= 2**24
@@ -162,11 +164,35 @@ def test_a_search_in_parts_has_the_numbers_of_the_whole():
     features = {name: {what: torch.randn(count, 12, generator=g) for what, count in (('queries', 90), ('gallery', 130))} for name in ('rgb', 'flow')}
     labels = torch.randint(9, (90,), generator=g), torch.randint(9, (130,), generator=g)
     whole = sum(cosine_similarity(sets['queries'], sets['gallery']) for sets in features.values())
-    assert two_stream_recall(features, *labels) == recall_at_k(whole, *labels)
+    shares = retrieval_scores(features, *labels, (1, 5, 50))
+    assert {k: shares[f'R@{k}'] for k in (1, 5, 50)} == pytest.approx(recall_at_k(whole, *labels, (1, 5, 50)))
     pairs = [unit_vectors(sets['queries'], sets['gallery']) for sets in features.values()]
     for most in (1, 1000, 10**9):
         cosines, index = search_gallery(pairs, 7, most)
         assert torch.equal(index, whole.topk(7).indices) and torch.allclose(cosines, whole.topk(7).values, atol=1e-6)
+
+
+def test_intervals_are_over_groups():
+    "Cuts of a recording that agree add nothing, names without a group are videos alone, and nobody moves the ends outside of what is possible."
+    right = np.arange(100) % 10 < 7
+    alone, names = bootstrap_interval(right), [f'g{number}' for number in range(100)]
+    assert alone == bootstrap_interval(np.repeat(right, 3), np.repeat(names, 3)) == bootstrap_interval(torch.tensor(right), ['']*50 + names[:50])
+    assert alone == bootstrap_interval([*right, np.nan, np.nan]) == pytest.approx((.7 - 1.98*.0458, .7 + 1.98*.0458), abs=.015)
+    assert bootstrap_interval(right, np.repeat(names[:5], 20))[0] >= 0 and bootstrap_interval([1]*9 + [0])[1] == 1
+    assert bootstrap_interval([1, 0, 1, 0], ['one']*4) == pytest.approx((.5*.025, 1 - .5*.025))  # one recording says next to nothing
+    assert paired_difference([1]*8, [0]*8)[:2] == pytest.approx((1, 1 - 2*(1 - .025**(1/8))))
+    with pytest.raises(IndexError): bootstrap_interval(right, names[:99])
+
+
+def test_scores_have_the_interval_of_their_queries():
+    g = torch.Generator().manual_seed(0)
+    features = {name: {what: torch.randn(count, 12, generator=g) for what, count in (('queries', 60), ('gallery', 50))} for name in ('rgb', 'flow')}
+    labels, groups = (torch.arange(60) % 4, torch.arange(50) % 4), np.repeat([f'g{number}' for number in range(12)], 5)
+    scores = retrieval_scores(features, *labels, (1, 5), groups)
+    assert list(scores) == ['R@1', 'R@1 low', 'R@1 high', 'R@5']
+    cosines = sum(cosine_similarity(sets['queries'], sets['gallery']) for sets in features.values())
+    right = labels[1][cosines.argmax(1)] == labels[0]
+    assert (scores['R@1 low'], scores['R@1 high']) == bootstrap_interval(right, groups) != bootstrap_interval(right)
 
 
 def test_quick_probe_repeats_itself():

@@ -305,7 +305,7 @@ def test_class_tables_and_descriptions():
     assert len(set(kinetics)) == 400 and kinetics == sorted(kinetics)
     for rows in tables.values(): assert [int(row['label']) for row in rows] == list(range(len(rows)))
     assert len(tables['hmdb51']) == 51 and [row['class_name'] for row in tables['hmdb51']] == sorted(row['class_name'] for row in tables['hmdb51'])
-    for name in ('ucf101', 'hmdb51', 'kinetics400', 'ut_interaction', 'moving_shapes'):
+    for name in ('ucf101', 'hmdb51', 'kinetics400', 'ut_interaction', 'miracl_lips', 'moving_shapes'):
         about = manifests.DATASET_INFO[name]
         assert {'title', 'page', 'licence', 'layout', 'siblings', 'make', 'videos', 'classes', 'splits', 'format'} <= set(about)
         if 'class_names' in about: assert len((folder/about['class_names']).read_text(encoding='utf-8').splitlines()) == about['classes'] + 1

@@ -7,10 +7,12 @@ from fractions import Fraction
 import av
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 
 from vicc import video
-from vicc.prepare import PrepareSettings, prepare_video, stored_paths
+from vicc.flow import dequantise
+from vicc.prepare import common_rate, frame_rate_remark, prepare, PrepareSettings, prepare_video, stored_paths
 
 SETTINGS = PrepareSettings(short_side=64, flow_method='farneback')
 ONE = 2**16  # in a track header
@@ -20,11 +22,11 @@ CORNERS = {  # matrix a, b, c, d -> where players show the white corner, stored 
     (0, -1, 1, 0): (False, True), (0, -1, -1, 0): (False, False)}
 
 
-def moving(count, size=(64, 96)):
+def moving(count, size=(64, 96), step=3):
     "Noise that moves, so that no frame repeats another."
     rng = np.random.default_rng(0)
     noise = np.repeat(np.repeat(rng.integers(0, 256, (size[0]//8, size[1]//8, 3), np.uint8), 8, 0), 8, 1)
-    return [np.roll(noise, 3*number, axis=1) for number in range(count)]
+    return [np.roll(noise, step*number, axis=1) for number in range(count)]
 
 
 def encode(path, frames, times=None, options=(), codec='libx264', extra=(), rate=25):
@@ -181,6 +183,27 @@ def test_other_rates(tmp_path, filmed, fps, wanted, suffix):
     encode(tmp_path/f'a{suffix}', numbered(24), rate=filmed)
     shown, stored_fps, note = resampled(tmp_path, tmp_path/f'a{suffix}', float(fps))
     assert shown == wanted and stored_fps == fps and note.startswith(f'24 frames became {len(wanted)} of {fps} a second')
+
+
+def test_one_rate_for_all_gives_clips_of_the_same_motion(tmp_path):
+    "A film of 72 pixels a second, filmed at three rates: at one rate, frames and flow are those of that rate; else the report says how long clips last."
+    (tmp_path/'videos').mkdir()
+    for rate in (12, 24, 36): encode(tmp_path/'videos'/f'{rate}.mp4', moving(rate, step=72//rate), rate=rate)
+    rows, lines = pd.DataFrame(dict(video=['12.mp4', '24.mp4', '36.mp4'])), []
+    for fps, frames, pixels in ((0, [12, 24, 36], [6, 3, 2]), (12, [12]*3, [6]*3)):
+        store = prepare(rows, tmp_path/'videos', tmp_path/f'store {fps}', replace(SETTINGS, fps=fps), workers=0, log=lines.append)
+        flow = [dequantise(store.read(video, 'flow')[2, 8:-8, 16:-16, 0], 20) for video in rows.video]
+        assert store.manifest.num_frames.tolist() == frames and [np.median(u) for u in flow] == pytest.approx(pixels, abs=.5)
+    assert 'have 12 (1), 24 (1), 36 (1) frames a second: a clip of 32 frames lasts 0.89 to 2.7 s (a store prepared with --fps 12, store_fps' in lines[0]
+    assert len(lines) == 2 and 'a clip of' not in lines[1]
+    prepare(store.manifest.assign(fps=[12., 24, 36]), tmp_path/'videos', tmp_path/'known', SETTINGS, workers=0, log=lines.append)
+    assert lines[2].startswith('note: videos have 12 (1), ')  # what the manifest knows is said before the work
+
+
+@pytest.mark.parametrize('rates, shared', [([25]*8 + [30], 25), ([60]*9, 30), ([59.94, 29.97], 29.97), ([50], 25), ([30]*19 + [5], 30), ([.2], 1)])
+def test_the_rate_for_all_is_one_that_nine_of_ten_videos_reach(rates, shared):
+    assert common_rate(pd.Series(rates, dtype=float)) == pytest.approx(shared)
+    assert frame_rate_remark(pd.Series([25., 0, 25.4])) == '' == frame_rate_remark(pd.Series([0.]))
 
 
 def test_telecine(tmp_path):

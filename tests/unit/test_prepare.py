@@ -342,18 +342,20 @@ def test_shards_make_the_same_store(shapes, whole, tmp_path, order):
     assert contents(again.path) == contents(whole.path)
     assert prepare(read_manifest(shapes['train'])[:7], shapes['videos'], tmp_path/'store', SETTINGS, num_shards=3, shard=1, **QUIET) is None  # another manifest: other shards
 
-def test_shards_at_once_and_more_of_them_than_videos(shapes, whole, tmp_path):
-    rows = read_manifest(shapes['train'])[:2]
-    rows.to_csv(tmp_path/'two.csv', index=False)
-    command = [sys.executable, '-m', 'vicc.prepare', str(tmp_path/'two.csv'), str(shapes['videos']), str(tmp_path/'store'), '--short-side=48', '--flow-method=farneback', '--flow-bound=5',
+def test_shards_at_once_and_more_of_them_than_videos(shapes, whole, tmp_path, monkeypatch):
+    rows = read_manifest(shapes['train'])[:1]
+    rows.to_csv(tmp_path/'one.csv', index=False)
+    command = [sys.executable, '-m', 'vicc.prepare', str(tmp_path/'one.csv'), str(shapes['videos']), str(tmp_path/'store'), '--short-side=48', '--flow-method=farneback', '--flow-bound=5',
                '--workers=0']
-    settings = [['--num-shards=3', '--shard=2'], [], []]
-    places = [{}, dict(RANK='0', WORLD_SIZE='3'), dict(SLURM_PROCID='1', SLURM_NTASKS='3')]
+    settings, places = [['--num-shards=2', '--shard=1'], []], [{}, dict(SLURM_PROCID='0', SLURM_NTASKS='2')]
     clean = {key: value for key, value in os.environ.items() if key not in ('RANK', 'WORLD_SIZE', 'SLURM_PROCID', 'SLURM_NTASKS')}
     shards = [subprocess.Popen(command + options, env=clean | place, stdout=subprocess.DEVNULL) for options, place in zip(settings, places)]
-    assert [shard.wait() for shard in shards] == [0, 0, 0]
+    assert [shard.wait() for shard in shards] == [0, 0]
     store = Store(tmp_path/'store')
-    assert list(store.manifest.video) == list(rows.video) and store.report['videos'] == 2
+    assert list(store.manifest.video) == list(rows.video) and store.report['videos'] == 1
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    monkeypatch.setenv('RANK', '2')
+    assert module.shard_from_environment() == (2, 3)
     for video in rows.video: assert store.file(video, 'flow').read_bytes() == whole.file(video, 'flow').read_bytes()
     assert not list((tmp_path/'store').rglob('*.part.*'))
 

@@ -4,15 +4,17 @@ from dataclasses import fields
 
 import pandas as pd
 import pytest
+import torch
 from pydantic import TypeAdapter
 
 from vicc.augment import ViewSettings
-from vicc.recipe import Recipe, stage_keys, suggest_recipe
+from vicc.recipe import Recipe, stage_keys, suggest_recipe, TO_LOOK_AT
 from vicc.trainer import StageConfig
 
 from vicc.engine.io import find_project, HOST
 
 from vicc.alternation import alternate
+from vicc.cli import main as vicc
 from vicc.data import TestClips, TwoStreamDataset
 from vicc.manifests import read_manifest
 from vicc.prepare import PrepareSettings, Store, prepare
@@ -63,6 +65,19 @@ def test_all_wrong_values_are_listed_and_those_of_the_command_line_are_called_so
     wrong = 'temperature=warm', 'momentum=x', 'seed=-1', 'view_size=0', 'temprature=1'
     with pytest.raises(ValueError, match=r'demo.yaml with --set temperature=warm .*: seed is .*view_size is .*temperature is .*momentum is .*unknown key'): Recipe.read(demo, *wrong)
     assert Recipe.read(demo, 'mixed_precision=no').mixed_precision == 'no' == Recipe.read(demo, mixed_precision=False).mixed_precision
+
+def test_auto_is_bf16_on_newer_gpus_and_float32_elsewhere(monkeypatch):
+    paper = Recipe.read('ucf101_s3d')
+    for capability, best in (((8, 0), 'bf16'), ((7, 5), 'no')):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: capability)
+        assert [paper.precision(device) for device in ('cuda', 'cpu', 'mps', '')] == [best, 'no', 'no', best]
+        assert [paper.replace(mixed_precision=given).precision() for given in ('no', 'fp16', 'bf16')] == ['no', 'fp16', 'bf16']
+    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
+    assert paper.precision() == 'no'
+    monkeypatch.delenv('ACCELERATE_USE_CPU')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert (paper.precision(), paper.precision('cuda')) == ('no', 'bf16')  # a plan for another machine
 
 def test_a_preparation_that_was_killed_goes_on(shapes, tmp_path):
     "What a kill leaves is made by hand here; real ones are in test_prepare.test_a_kill."
@@ -147,7 +162,7 @@ def test_a_suggested_recipe_fits_clips_and_gpus(clips, gpus):
     recipe, table = suggest_recipe(clips, gpus)
     for stage in recipe.plan():
         stage.settings.divide_batch(gpus)
-        assert 0 < stage.settings.batch_size//gpus//stage.settings.accumulate <= 48 and stage.settings.batch_size*25 <= clips
+        assert 0 < stage.settings.batch_size//gpus//stage.settings.accumulate <= 48 and stage.settings.batch_size*25 <= max(clips, 16*25)
         assert stage.settings.queue_length % gpus == 0 and stage.settings.queue_start_epoch < stage.settings.epochs
     assert recipe.num_prototypes <= max(2, clips/31) and (table.why.str.len() > 5).all()
     assert {name: getattr(recipe, name) for name in table.index} == table.value.to_dict()
@@ -160,4 +175,39 @@ def test_suggestions_are_the_papers_where_the_paper_was(tmp_path):
     assert one == Recipe.read('ucf101_s3d', accumulate=4)
     one.write(tmp_path/'mine.yaml')
     assert Recipe.read(tmp_path/'mine.yaml') == one
-    with pytest.raises(ValueError, match='49 clips do not give 25 batches'): suggest_recipe(49)
+    assert suggest_recipe(49)[0].single_batch_size == 16
+    for clips in (5000, 20_000, 240_000):  # the same epochs from the recipe for 240,000 as from that for 9,537
+        a, b = (suggest_recipe(clips, 4, base)[0] for base in ('ucf101_s3d', 'k400_s3d'))
+        assert all(abs(getattr(a, name) - getattr(b, name)) <= 2 for name in ('single_epochs_rgb', 'single_queue_start_flow', 'cross_epochs'))
+    for clips, gpus in ((1, 1), (100, 16)):
+        with pytest.raises(ValueError, match=f'{clips} clips do not give batches that {gpus} GPUs can divide'): suggest_recipe(clips, gpus)
+
+def videos_with(**columns): return pd.DataFrame(dict(video=map(str, range(1000)), num_frames=0, fps=0., width=0, height=0) | columns)
+
+@pytest.mark.parametrize('columns, decided', [
+    ({}, {}), (dict(height=480, width=640, fps=25., num_frames=100), {}),  # nothing is known; nothing is in the way
+    (dict(height=640, width=100), dict(short_side=100, view_size=100, test_crop=0)),  # upright
+    (dict(height=[480]*990 + [160]*10, width=640), dict(test_crop=0)), (dict(fps=[25.]*500 + [30.]*500), dict(store_fps=25)), (dict(fps=60.), dict(store_fps=30)),
+    (dict(num_frames=[20]*200 + [90]*800), dict(clip_length=16, min_frames=16)), (dict(num_frames=5), dict(clip_length=8, min_frames=8)),
+    (dict(num_frames=60, fps=60.), dict(store_fps=30, clip_length=24)), (dict(num_frames=[60]*500 + [0]*500, fps=[60.]*500 + [0.]*500), dict(store_fps=30, clip_length=24))])
+def test_a_manifest_that_knows_its_videos_decides_more(columns, decided):
+    recipe, table = suggest_recipe(videos_with(**columns), 4)
+    assert recipe == suggest_recipe(1000, 4)[0].replace(**decided)
+    asked = set(table.index[table.why.str.startswith('look: ')])
+    groups = dict(fps={'store_fps'}, num_frames={'clip_length', 'min_frames'}, height={'short_side', 'view_size', 'test_crop'})
+    assert asked == set(TO_LOOK_AT) - set().union(*(names for name, names in groups.items() if name in columns))
+
+def test_the_command_writes_a_recipe_and_what_comes_next(shapes, tmp_path, capsys):
+    rows = read_manifest(shapes['train']).assign(num_frames=0, fps=0., height=0)
+    rows.to_csv(tmp_path/'m.csv', index=False)
+    words = [str(tmp_path/'mine.yaml'), '--manifest', str(tmp_path/'m.csv'), '--base', 'demo']
+    vicc(['suggest', *words, '--videos', str(shapes['videos'])])
+    text = capsys.readouterr().out
+    assert Recipe.read(tmp_path/'mine.yaml') == suggest_recipe(rows.assign(num_frames=16, fps=12., height=64, width=64), 1, 'demo')[0]
+    assert '8 videos have 12 frames a second' in text and '\n  vicc train --recipe ' in text and '--gpus 1 --frames 16' in text and f"{shapes['videos']} STORE --short-side 64 --flow-method farneback --flow-bound 5.0" in text
+    vicc(['suggest', str(tmp_path/'four.yaml'), *words[1:], '--gpus', '4'])
+    assert "\n  torchrun --standalone --nproc-per-node 4 -m vicc.alternation --prepared" in capsys.readouterr().out.replace(f" --recipe {tmp_path/'four.yaml'} --manifest {tmp_path/'m.csv'}", '')
+    for wrong, said in ((words, 'does not exist yet'), ([str(tmp_path/'new.yaml'), *words[1:], '--videos', str(tmp_path)], '8 of 8 videos cannot be read'),
+                        ([str(tmp_path/'new.yaml'), *words[1:], '--gpus', '0'], 'at least one process')):
+        with pytest.raises(SystemExit): vicc(['suggest', *wrong])
+        assert said in capsys.readouterr().err and not (tmp_path/'new.yaml').exists()

@@ -397,12 +397,18 @@ def test_a_network_of_yours_must_tell_its_width_and_keep_it():
         with pytest.raises(ValueError, match='2 prototypes or more, and a projection'): Stream('small', **wrong)
 
 
-def test_wrong_folders_and_keywords_are_told_apart(tmp_path):
+def test_wrong_folders_and_keywords_are_told_apart(tmp_path, monkeypatch):
     folder = tmp_path/'run'/'stages'/'00-rgb-1'/'stream'
     folder.parent.mkdir(parents=True)
     save_stream(Stream('small', 4, 8, {'width': 2}), folder)
     with pytest.raises(FileNotFoundError, match=r'save_stream wrote, such as .*/stages/00-rgb-1/stream$'): load_stream(tmp_path/'run')
     with pytest.raises(TypeError, match='num_prototype'): load_stream(folder, num_prototype=3)
+    monkeypatch.chdir(tmp_path)
+    assert Stream.from_pretrained('run/stages/00-rgb-1/stream').num_features == 8
+    for missing in ('runs/stages/stream', './me/flow', '~/flow', '/flow', '../flow', 'run/flow', 'run', 'flow', Path('run')):
+        with pytest.raises(FileNotFoundError, match=f'^{Path(missing)/"config.json"} does not exist: give the folder'): Stream.from_pretrained(missing)
+    monkeypatch.setattr('huggingface_hub.hub_mixin.hf_hub_download', lambda *_, repo_id, **__: pytest.fail(f'asked for {repo_id}'))
+    with pytest.raises(pytest.fail.Exception, match='asked for me/flow'): Stream.from_pretrained('me/flow')
 
 
 def test_a_stream_saved_by_the_first_version(tmp_path):

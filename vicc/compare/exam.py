@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEADY', 'PACED', 'FLOW_BOUND', 'EXAM_PAIRS', 'VIDEO_PAIRS', 'SWAPPED', 'TESTS', 'SIDE', 'retime', 'swap_looks',
            'draw_exam_scenes', 'changed_order', 'changed_clips', 'encode_clips', 'probe_pairs', 'answer_tests',
-           'bootstrap_interval', 'exam_on_shapes', 'mean_frame', 'frame_differences', 'reference_encoders',
-           'read_squares', 'exam_on_videos', 'exam_overview', 'plot_exam', 'exam_command']
+           'exam_on_shapes', 'mean_frame', 'frame_differences', 'reference_encoders', 'read_squares', 'exam_on_videos',
+           'exam_overview', 'plot_exam', 'exam_command']
 
 # %% ../../nbs/compare/exam.ipynb #51284fab
 import os
@@ -25,11 +25,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..augment import apply_view, center_crop, ViewSettings
+from ..commands import parse_streams
 from ..encoders import check_encoder, load_encoder, random_encoder, stream_encoder, VideoEncoder
 from ..engine.io import CommandParser, write_text
 from ..evaluation import cosine_similarity
 from ..flow import compute_flow, quantise
 from ..manifests import folder_manifest, read_manifest
+from ..protocols import bootstrap_interval
 from ..streams import load_stream
 from ..synthetic import CLASSES, random_scene, render, Scene, ShapesSettings
 from ..video import probe, read_frames
@@ -187,16 +189,6 @@ def answer_tests(
     answers['own first frame'] = (similarity.argmax(1) == torch.arange(len(similarity))).double().numpy()
     return answers, moved
 
-def bootstrap_interval(
-    answers: np.ndarray,  # [N], NaN: not asked; or differences of two encoders' answers to the same videos
-    draws: int = 1000,  # resampled sets of videos
-) -> tuple[float, float]:  # 2.5 % and 97.5 %
-    "95 % interval of a mean, by bootstrap over videos."
-    answers = answers[~np.isnan(answers)]
-    drawn = np.random.default_rng(0).integers(len(answers), size=(draws, len(answers)))
-    low, high = np.quantile(answers[drawn].mean(1), (.025, .975))
-    return float(low), float(high)
-
 # %% ../../nbs/compare/exam.ipynb #7b7ed347
 TESTS = ('moving shapes', 'looks swapped', *EXAM_PAIRS, 'own first frame')  # in the order of tables
 SIDE = 64  # pixels of a drawn frame
@@ -208,6 +200,7 @@ def _mark(
     known: np.ndarray,  # bool [N] videos that train the classifiers
     labels: Tensor | None,  # int [N] of drawn shapes
     chance: Mapping[str, float],  # of each test
+    groups: Sequence[str] | None = None,  # [N] recordings
     **options,  # device, flow_method: see encode_clips
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # see exam_on_shapes
     "Encode, answer and mark; encoders that want the same clips share them."
@@ -225,7 +218,7 @@ def _mark(
             right, moved = answer_tests(features, pairs, known, labels)
             for test, values in right.items():
                 answers[test, name] = values
-                low, high = bootstrap_interval(values)
+                low, high = bootstrap_interval(values, groups)
                 rows.append(dict(test=test, encoder=name, modality=encoders[name].modality,
                                  score=np.nanmean(values), low=low, high=high, chance=chance[test],
                                  moved=moved.get(test), videos=int((~np.isnan(values)).sum())))
@@ -342,7 +335,7 @@ def exam_on_videos(
     chance = dict.fromkeys(TESTS, .5) | {'own first frame': 1/len(kept)}
     encoders = {name: encoder.to(device) for name, encoder in encoders.items()}
     known = groups.isin(sorted(groups.unique())[::2]).to_numpy()
-    return _mark(encoders, read, VIDEO_PAIRS, known, None, chance, device=device,
+    return _mark(encoders, read, VIDEO_PAIRS, known, None, chance, groups, device=device,
                  flow_method=flow_method)
 
 # %% ../../nbs/compare/exam.ipynb #a8a6a59d
@@ -390,10 +383,7 @@ def _load_all(
 ) -> dict[str, VideoEncoder]:  # title → encoder
     "Load what the command line names, and put references beside it."
     encoders: dict[str, VideoEncoder] = {}
-    for text in streams:
-        modality, _, path = text.partition('=')
-        if modality not in ('rgb', 'flow') or not path:
-            raise ValueError(f'{text}: write rgb=PATH or flow=PATH')
+    for modality, path in parse_streams(streams):
         folder = Path(path)
         title = folder.parent.name if folder.name == 'stream' else folder.name
         stream = load_stream(path, modality)

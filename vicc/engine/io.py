@@ -163,7 +163,9 @@ def read_text(
     text = data.decode('utf-8-sig', errors='replace')
     if len(data) <= max_bytes and '\0' not in text and '\ufffd' not in text: return text
     cure = 'was something else saved under its name?'
-    if data[:2] in (b'\xff\xfe', b'\xfe\xff'): cure = "it is UTF-16: save it as UTF-8 ('CSV UTF-8')"
+    half_empty = ({*data[:200:2]} == {0}) != ({*data[1:200:2]} == {0})  # UTF-16 without its mark
+    if half_empty or data[:2] in (b'\xff\xfe', b'\xfe\xff'):
+        cure = "it is UTF-16: save it as UTF-8 ('CSV UTF-8')"
     elif 0 < text.count('\ufffd') < len(text)/10 and '\0' not in text:
         line = text.count('\n', 0, text.index('\ufffd')) + 1
         cure = f"a letter of line {line} has another code (Latin-1?): save it as UTF-8 ('CSV UTF-8')"

@@ -33,6 +33,7 @@ from IPython.display import display
 from PIL import Image
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from pandas.io.formats.style import Styler
@@ -304,6 +305,7 @@ def plot_assignments(
         ax.set_title(f'{truncate(title)}\npurity {100*purity:.0f} % (labels shuffled: '
                      f'{100*by_chance:.0f} %), NMI {nmi:.2f}')
         ax.tick_params(length=0, rotation=0)
+        ax.tick_params(axis='x', labelsize=min(8, 190/len(order)))  # side by side
         ax.set_xlabel(f'prototype, ordered by main class ({len(np.unique(chosen))} of {len(order)} in use)')
     figure.colorbar(axes[-1].collections[0], ax=axes, label='share of the class [%]', pad=.01, aspect=30)
     return figure
@@ -311,7 +313,7 @@ def plot_assignments(
 # %% ../../nbs/viz/plots.ipynb #3c33f634
 @style()
 def plot_recall_bars(
-    results: pd.DataFrame, # columns stage, stream, recall (share, 0–1); perhaps epochs
+    results: pd.DataFrame, # columns stage, stream, recall (share, 0–1); perhaps low and high, epochs
     chance: float, # recall of a random ranking, 0–1: a dashed line
     title: str = '', # above the axes
 ) -> Figure:
@@ -322,19 +324,29 @@ def plot_recall_bars(
         name = name.replace(f'{stream}-2', 'cross-stream')
         groups.append(truncate(name.replace(' cycle', '\ncycle')))
     rows = results.assign(stage=groups, recall=100*results.recall)
-    table = rows.pivot(index='stage', columns='stream', values='recall').reindex(dict.fromkeys(groups))
-    table = table[sorted(table, key=[*STREAM_COLOURS, *table].index)]
+    streams = sorted(set(rows.stream), key=[*STREAM_COLOURS, *rows.stream].index)
+
+    def columns(values: str) -> pd.DataFrame:
+        wide = rows.pivot(index='stage', columns='stream', values=values)
+        return wide.loc[[*dict.fromkeys(groups)], streams]
+
+    table, errors = columns('recall'), None
+    if 'low' in rows: errors = [table - 100*columns('low'), 100*columns('high') - table]
     figure = new_figure(min(14, 2.1 + .8*table.size), 3.4)
     ax = figure.subplots()
     colours = [STREAM_COLOURS.get(stream, PALETTE[7]) for stream in table]
-    table.rename(columns=truncate).plot.bar(ax=ax, color=colours, width=.8, rot=0)
+    if errors: errors = np.stack(errors).transpose(2, 0, 1)  # [streams, 2, stages]
+    table.rename(columns=truncate).plot.bar(ax=ax, color=colours, width=.8, rot=0, yerr=errors, capsize=2,
+                                            error_kw=dict(lw=1, ecolor='0.25'))
     rows['label'] = rows.recall.map('{:.1f}'.format)
     if 'epochs' in rows: rows['label'] += [f'\n{count} epochs' if count else '' for count in rows.epochs]
-    words = rows.pivot(index='stage', columns='stream', values='label').reindex(table.index).fillna('')
-    for bars, stream in zip(list(ax.containers), table): ax.bar_label(bars, words[stream], fontsize=7)
+    words = columns('label').fillna('')
+    drawn = [bars for bars in ax.containers if isinstance(bars, BarContainer)]
+    for bars, stream in zip(drawn, table): ax.bar_label(bars, words[stream], fontsize=7, padding=1)
     ax.axhline(100*chance, color='0.25', ls='--', lw=1, label=f'chance {100*chance:.1f} %')
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
-    ax.set(xlabel='', ylabel='R@1 [%]', ylim=(0, 1.15*rows.recall.max()), title=truncate(title, 100))
+    highest = np.nanmax([rows.recall, 100*rows.get('high', results.recall)])
+    ax.set(xlabel='', ylabel='R@1 [%]', ylim=(0, 1.15*highest), title=truncate(title, 100))
     return figure
 
 # %% ../../nbs/viz/plots.ipynb #92ff9594
@@ -397,10 +409,19 @@ def format_table(
     digits: int = 1, # of the numbers
     best: bool = False, # print the largest number of each column in bold
 ) -> Styler: # to be displayed, or turned into HTML
-    """Format a table for people. Cells and names of rows and columns are text and never HTML."""
-    styler = table.style.format(precision=digits, na_rep='–', escape='html')
+    """Format a table for people. Cells and names of rows and columns are text and never HTML.
+
+    Columns 'R@1', 'R@1 low' and 'R@1 high' become one: 76.5 (70.5–82.0)."""
+    shown, number = table.copy(), f'{{:.{digits}f}}'.format
+    for name in [name for name in table if f'{name} low' in table]:
+        ends = zip(table[name], shown.pop(f'{name} low'), shown.pop(f'{name} high'))
+        shown[name] = pd.Series([f'{number(value)} ({number(low)}–{number(high)})' if low == low else value
+                                 for value, low, high in ends], table.index, object)
+    styler = shown.style.format(precision=digits, na_rep='–', escape='html')
     styler.format_index(escape='html').format_index(escape='html', axis=1)
-    return styler.highlight_max(axis=0, props='font-weight: bold') if best else styler
+    if not best: return styler
+    largest = table.eq(table.max(numeric_only=True))[shown.columns]
+    return styler.apply(lambda _: largest.replace({True: 'font-weight: bold', False: ''}), axis=None)
 
 class Report:
     "Show the pictures of a run and save each in a file; write its numbers, with times, memory and machine."

@@ -327,7 +327,7 @@ def test_two_processes_are_one(tmp_path, cpu):
 # The whole schedule
 
 def test_methods_run_the_plan(store, cpu, tmp_path):
-    recipe = DEMO.replace(single_epochs_rgb=2, single_epochs_flow=1, cross_epochs=2, cycles=1,
+    recipe = DEMO.replace(single_epochs_rgb=2, single_epochs_flow=1, cross_epochs=2, cycles=1, cross_freeze_prototypes=0,
                           single_batch_size=8, cross_batch_size=8, num_prototypes=6, projection_dim=8,
                      backbone_options={'width': 4})
     quiet = dict(accelerator=cpu, log=lambda line: None)
@@ -373,7 +373,7 @@ def test_run_baselines_gives_every_method_as_many_trials_and_goes_on(tmp_path):
     import papermill as pm
     from pathlib import Path
     root = Path(__file__).parents[3]
-    short = dict(cycles=1, single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=1, single_batch_size=8,
+    short = dict(single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=1, cross_freeze_prototypes=0, single_batch_size=8,
                  cross_batch_size=8)
     values = dict(seeds=[0], methods=['vicc', 'coclr'], changes=short, search_changes=short, trials=2,
                   key_queue_length=16, num_train_videos=32, num_test_videos=8, output=str(tmp_path))

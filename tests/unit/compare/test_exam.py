@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 from vicc.encoders import VideoEncoder
 from vicc.compare.exam import (
-    TESTS, bootstrap_interval, changed_clips, changed_order, draw_exam_scenes, encode_clips, exam_command, exam_on_shapes, exam_on_videos, exam_overview, plot_exam, probe_pairs,
+    TESTS, changed_clips, changed_order, draw_exam_scenes, encode_clips, exam_command, exam_on_shapes, exam_on_videos, exam_overview, plot_exam, probe_pairs,
     reference_encoders,
 )
 from vicc.flow import compute_flow, quantise
+from vicc.protocols import bootstrap_interval
 from vicc.streams import Stream, save_stream
 from vicc.synthetic import render
 from vicc.video import write_video
@@ -72,7 +73,7 @@ def test_table_and_answers_belong_together(exam):
     assert (rows.low <= rows.score).all() and (rows.score <= rows.high).all()
     assert rows.score['moving shapes', 'first frame'] < .35  # what the sizes of a first frame tell
     text = exam_overview(table)
-    assert list(text.columns) == list(TESTS) and text.loc['mean frame', 'arrow'] == '50 (50–50)' and text.loc['chance', 'own first frame'] == '3.12'
+    assert list(text.columns) == list(TESTS) and text.loc['mean frame', 'arrow'] == '50 (40–60)' and text.loc['chance', 'own first frame'] == '3.12'
     assert len(plot_exam(table).axes) == 7
 
 
@@ -81,7 +82,7 @@ def test_features_that_cannot_know_are_right_half_of_the_time():
     generator, known, held = torch.Generator().manual_seed(0), np.arange(120) < 60, []
     for _ in range(100):
         original, changed = torch.randn(2, 120, 8, generator=generator)
-        low, high = bootstrap_interval(probe_pairs(original, changed, known)[0], 200)
+        low, high = bootstrap_interval(probe_pairs(original, changed, known)[0], draws=200)
         held.append(low <= .5 <= high)
     assert 88 <= sum(held) <= 100
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,6 +24,7 @@ from vicc.engine.fit import RunConfig, TIMING
 from vicc.evaluation import extract_features
 from vicc.fast.layers import inference_copy
 from vicc.protocols import released_jitter_params
+from vicc.recipe import Recipe
 from vicc.streams import Stream
 from vicc.video import VideoError, clip_indices, random_clip_start
 
@@ -337,6 +339,14 @@ def test_two_processes_compute_what_one_does(tmp_path):
     assert first['history']['loss'] == pytest.approx(one['history']['loss'], abs=1e-5)
     assert first['history']['validation_accuracy'] == one['history']['validation_accuracy']
 
+def run_cells(notebook, **values):
+    "Run a notebook with these parameters in this process, without the time that another takes to start: its names."
+    space = dict(In=[''])
+    for cell in nbformat.read(notebook, 4).cells:
+        if cell.cell_type == 'code': exec(cell.source, space)
+        if 'parameters' in cell.metadata.get('tags', []): space |= values
+    return space
+
 @pytest.mark.timeout(300)
 def test_run_evaluate_from_saved_streams_and_again(tmp_path):
     import papermill as pm
@@ -348,21 +358,48 @@ def test_run_evaluate_from_saved_streams_and_again(tmp_path):
                  manifest=shapes['train'], test_manifest=shapes['test'], videos=shapes['videos'],
                  output=tmp_path/'out')
     values = dict({name: str(path) for name, path in paths.items()}, linear_epochs=2, tuning_epochs=2,
-                  batch_size=8, validation_fraction=0.0, random_weights=False, crops='five')
-    def execute(**changes):
-        pm.execute_notebook(root/'nbs'/'run_evaluate.ipynb', tmp_path/'out.ipynb', {**values, **changes},
-                            progress_bar=False, cwd=root)
+                  batch_size=8, crops='five')
+    notebook, rare = root/'nbs'/'run_evaluate.ipynb', dict(validation_fraction=0.0, random_weights=False)
     def metrics(): return json.loads((tmp_path/'out'/'metrics.json').read_text())
-    execute()
+    pm.execute_notebook(notebook, tmp_path/'out.ipynb', values | rare, progress_bar=False, cwd=root)
     first = metrics()
-    assert set(first['retrieval']) == {'chance', 'rgb', 'flow', 'rgb + flow'}
+    both = ['rgb', 'flow', 'rgb + flow']
+    assert set(first['retrieval']) == {'chance', *both, *(f'random {name}' for name in both)}
     titles = [f'{protocol}, pretrained {name}' for protocol in ('linear probe', 'fine-tuning')
               for name in ('rgb', 'flow', 'rgb + flow')]
     assert set(first['classifiers']) == set(titles)
     assert len(list((tmp_path/'out'/'predictions').glob('*.csv'))) == 6
     assert len(list((tmp_path/'out'/'pictures').glob('*.png'))) == 4
-    execute(fine_tuning=False)
+    run_cells(notebook, **values, more=rare, fine_tuning=False)
     again = metrics()
     assert again['retrieval'] == first['retrieval']
     assert all(first['classifiers'][title] == row for title, row in again['classifiers'].items())
-    with pytest.raises(Exception, match='linear_epochs is 2, not 3'): execute(linear_epochs=3)
+    with pytest.raises(ValueError, match='linear_epochs is 2, not 3'): run_cells(notebook, **values | dict(linear_epochs=3), more=rare)
+    claims_beside_the_paper(tmp_path, root, first)
+
+def claims_beside_the_paper(folder, root, metrics):
+    "What run_claims makes of an evaluation, as if it were one of UCF101 with S3D and the paper's recipe."
+    metrics['evaluated']['streams'] = {name: f'stages/04-{name}-2-cycle-2/stream' for name in ('rgb', 'flow')}
+    metrics['settings']['recipe'] = Recipe.read('ucf101_s3d', seed=3).model_dump(mode='json')
+    (folder/'out'/'metrics.json').write_text(json.dumps(metrics | dict(train_videos=9537)))
+    notebook = root/'nbs'/'run_claims.ipynb'
+    space = run_cells(notebook, runs=dict(UCF101=str(folder/'out')), claims_file=str(folder/'claims'/'claims.csv'))
+    numbers = pd.read_csv(folder/'claims'/'paper_tables.csv').set_index(['encoder', 'source', 'data', 'measure']).percent.sort_index()
+    for encoder, name in {'RGB-2': 'rgb', 'Flow-2': 'flow', 'R+F-2': 'rgb + flow'}.items():
+        mine = numbers[f'ViCC-{encoder}', 'yours', 'UCF101']
+        assert set(mine.index) == {'R@1', 'R@5', 'R@10', 'R@20', 'linear probe', 'fine-tuning'}
+        assert mine['R@5'] == pytest.approx(100*metrics['retrieval'][name]['R@5'])
+        assert mine['fine-tuning'] == pytest.approx(100*metrics['classifiers'][f'fine-tuning, pretrained {name}']['right'])
+        random = numbers[f'ViCC-{encoder}', 'random weights', 'UCF101', 'R@1']
+        assert random == pytest.approx(100*metrics['retrieval'][f'random {name}']['R@1'])
+    claims = pd.read_csv(folder/'claims'/'claims.csv').set_index('claim')
+    both, share = claims.loc['ViCC-R+F-2, s3d, UCF101, fine-tuning'], metrics['classifiers']['fine-tuning, pretrained rgb + flow']['right']
+    assert both.paper == '90.5 %' and both.ours.startswith(f'{100*share:.1f} (') and both.holds == f'{100*share - 90.5:+.1f} points'
+    assert claims.holds['ViCC-RGB-2, s3d, HMDB51, R@1'] == claims.holds['ViCC-RGB-2, r21d, UCF101, R@1'] == 'not run'
+    assert 'UCF101 and HMDB51 and at least ' in (needs := claims.ours['ViCC-RGB-2, s3d, HMDB51, R@1']) and 'hours of pretraining on 1 NVIDIA H100' in needs
+    assert 'H100' not in claims.ours['ViCC-RGB-2, r21d, UCF101, R@1']  # not measured there
+    different = space['compare_settings']('UCF101', space['metrics'])
+    assert different == ['linear_epochs: 2, not 100', 'tuning_epochs: 2, not 500', 'batch_size: 8, not 128', 'dropout: 0.2, not 0.9',
+                         'crops: five, not ten', 'test videos: 8, not 3783', 'seed: 3, not 0']
+    with pytest.raises(FileNotFoundError, match='nowhere/metrics.json does not exist'): run_cells(notebook, runs=dict(UCF101='nowhere'))
+    with pytest.raises(ValueError, match='runs has UCF: choose from UCF101, HMDB51'): run_cells(notebook, runs=dict(UCF=''))

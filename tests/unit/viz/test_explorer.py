@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -155,7 +156,10 @@ def test_run_prototypes_from_saved_streams(tmp_path):
     pm.execute_notebook(ROOT/'nbs'/'run_prototypes.ipynb', tmp_path/'out.ipynb', values, progress_bar=False,
                         cwd=ROOT)
     metrics = json.loads((tmp_path/'out'/'metrics.json').read_text())
-    assert 0 < metrics['encoders']['rgb']['purity'] <= 1 and metrics['encoders']['rgb']['K'] == 24
+    assert 0 < metrics['encoders']['rgb']['purity'] <= 1 and metrics['encoders']['rgb']['K'] == DEMO.num_prototypes
+    assigned = pd.read_csv(tmp_path/'out'/'assignments.csv')
+    assert set(assigned.video) < set(rows.video) and len(assigned) == metrics['train_videos'] and set(assigned.stream) == {'rgb'}
+    assert (assigned.share >= assigned.second_share).all() and (assigned.prototype != assigned.second).all() and assigned.prototype.max() < DEMO.num_prototypes
     assert {path.name for path in (tmp_path/'out'/'pictures').glob('*.png')} == {'assignments-rgb.png',
             'tsne-rgb.png', 'montage-rgb-00.png', 'neighbours-rgb.png'}
     assert not [attributes for _, attributes in Tags((tmp_path/'out'/'explorer.html').read_text()).found

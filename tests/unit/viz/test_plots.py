@@ -199,6 +199,10 @@ def test_recall_bars_group_streams_and_show_chance():
     assert {text.get_text() for text in ax.get_legend().get_texts()} == {'rgb', 'flow', 'chance 25.0 %'}
     texts = [text.get_text() for text in ax.texts]
     assert sorted(filter(None, texts)) == ['25.0', '35.0\n4 epochs', '65.0\n12 epochs']
+    ax = plots.plot_recall_bars(results().assign(low=[.2, .3, np.nan], high=[.32, .45, np.nan]), .25).axes[0]
+    drawn = [ends[:, 1].tolist() for lines in ax.collections for ends in lines.get_segments() if len(ends) and np.isfinite(ends).all()]
+    np.testing.assert_allclose(drawn, [[20, 32], [30, 45]])
+    assert ax.get_ylim()[1] > 65
 
 
 def test_tables_fill_gaps_and_print_the_best_in_bold():
@@ -207,6 +211,9 @@ def test_tables_fill_gaps_and_print_the_best_in_bold():
                          index=pd.Index(rows, name='stage'))
     page = plots.format_table(table, best=True).to_html()
     assert page.count('bold') == 1 and '–' in page and 'bold' not in plots.format_table(table).to_html()
+    ends = table.assign(**{'R@1 [%] low': [15., 25., np.nan], 'R@1 [%] high': [27.04, 37., np.nan]})
+    page = plots.format_table(ends).to_html()
+    assert '21.0 (15.0–27.0)' in page and '>61.0<' in page and ' low' not in page
 
 
 def test_confusion_with_a_class_without_videos():
