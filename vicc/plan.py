@@ -173,21 +173,25 @@ def nearest_row(
                 abs(math.log(ratio)), row.get('threads') != threads)
     return min((row for row in rows if has(row, wanted)), default=None, key=distance)
 
-def has(row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool: # whether a row has these values
+def has(row: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    "Tell whether a row has these values."
     return all(row.get(name) == value for name, value in wanted.items())
 
-def network_settings(job: Job) -> dict[str, Any]: # what every row of this network and its clips has
+def network_settings(job: Job) -> dict[str, Any]:
+    "Collect what every row of this network and its clips has."
     recipe = job.recipe
     return dict(backbone=recipe.backbone, options=recipe.backbone_options, device=job.device,
                 clip=f'{recipe.clip_length}×{recipe.view_size}×{recipe.view_size}')
 
-def step_settings(job: Job, kind: str) -> dict[str, Any]: # what a row must have to tell the speed of a step
+def step_settings(job: Job, kind: str) -> dict[str, Any]:
+    "Collect what a row must have to tell the speed of a step."
     recipe, full = job.recipe, kind == 'single' and job.recipe.single_mixed_precision == 'no'
     precision = 'no' if full else recipe.precision(job.device)
     graphs = dict(graphs=job.processes == 1) if recipe.compile and job.device == 'cuda' else {}
     return network_settings(job) | dict(kind=kind, compiled=recipe.compile, precision=precision) | graphs
 
-def chunk_size(job: Job, kind: str) -> float: # clips that one process computes together
+def chunk_size(job: Job, kind: str) -> float:
+    "Count the clips that one process computes together."
     return getattr(job.recipe, f'{kind}_batch_size')/(job.processes*job.recipe.accumulate)
 
 @dataclass(frozen=True)
@@ -201,7 +205,8 @@ class Speed:
     here: bool = False  # whether it was measured on a machine like this one
     slowest: float = math.nan  # samples/s with loading, too; NaN: not known
 
-def same_machine(about: Mapping[str, Any]) -> bool: # whether a row comes from a machine like this one
+def same_machine(about: Mapping[str, Any]) -> bool:
+    "Tell whether a row comes from a machine like this one."
     here = describe_machine('cuda' if torch.cuda.is_available() else 'cpu')
     names = ('gpu',) if 'gpu' in about or 'gpu' in here else ('cpu', 'cores')
     return all(about.get(name) == here.get(name) for name in names)
@@ -353,9 +358,12 @@ def prepare_lines(job: Job) -> list[str]:
     return [*lines, f'preparing {alone[16][1]}: {times}; prepare.sbatch asks for no GPU, --array 0-15 for '
             '16 tasks of 16 cores']
 
-def pixels_per_frame(row: Mapping[str, Any]) -> int: return math.prod(map(int, row['size'].split('×')))
+def pixels_per_frame(row: Mapping[str, Any]) -> int:
+    "Count the pixels of a frame, from a size such as 240×320."
+    return math.prod(map(int, row['size'].split('×')))
 
-def store_bytes(store: Store) -> int: # of all RGB and flow files
+def store_bytes(store: Store) -> int:
+    "Add up the bytes of all RGB and flow files."
     sums = read_checksums(store.path)
     return sum(int(sums[video][f'{stream}_bytes']) for video in store.manifest.video for stream in STREAMS)
 
@@ -393,7 +401,8 @@ def measure_here(
         rows += [*bench_loader(config, kind), next(bench_step(config))]
     return [name_source(row, NOW, describe_machine(job.device)) for row in rows]
 
-def start_workers() -> None: # as many as `prepare` does; each imports PyTorch and OpenCV
+def start_workers() -> None:
+    "Start as many processes as `prepare` does; each imports PyTorch and OpenCV."
     cores = available_cpus()
     with WorkerPool(cores) as pool: list(pool.run({number: (available_cpus,) for number in range(cores)}))
 
@@ -581,7 +590,8 @@ def report_plan(values: argparse.Namespace) -> str: # of the command line → se
         job = replace(job, rows=measured + job.rows)
     return format_comparison(job, gpus) if several else format_plan(job)
 
-def format_comparison(job: Job, counts: Sequence[int]) -> str: # several lines
+def format_comparison(job: Job, counts: Sequence[int]) -> str:
+    "Write the table of several numbers of GPUs."
     speeds = [speed for count in counts for speed in plan_stages(replace(job, processes=count))[1].values()]
     known = ' and '.join(dict.fromkeys(speed.basis for speed in speeds if speed.basis)) or 'not measured'
     return '\n'.join([
