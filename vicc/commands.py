@@ -208,10 +208,10 @@ def parse_streams(
     words: Sequence[str],  # of a command line: 'rgb=PATH', 'flow=PATH'
 ) -> list[tuple[str, str]]:  # 'rgb' or 'flow', and the path
     "Take the names of streams and their paths apart. Raises ValueError."
-    for word in words:
-        name, _, path = word.partition('=')
+    pairs = [word.partition('=')[::2] for word in words]
+    for word, (name, path) in zip(words, pairs):
         if name not in STREAMS or not path: raise ValueError(f'{word}: write rgb=PATH or flow=PATH')
-    return [word.partition('=')[::2] for word in words]
+    return pairs
 
 def check_places(
     values: argparse.Namespace,  # of the command line: device and output are used
