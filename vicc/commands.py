@@ -42,13 +42,14 @@ from .trainer import MethodSpec, Trainer, VICC
 # %% ../nbs/engine/commands.ipynb #f3f8d593
 def check_precision(
     accelerator: Accelerator,  # device and precision
-) -> None:
-    "Raises ValueError for a precision that the device does not have, or in which it computes wrongly."
+) -> str:  # 'float32', 'fp16' or 'bf16'
+    "Name the precision. Raises ValueError for one that the device does not have, or computes wrongly in."
     device, precision = accelerator.device, accelerator.mixed_precision
     old = precision == 'bf16' and device.type == 'cuda' and not has_bf16('cuda')
     if old or precision != 'no' and device.type == 'cpu':
         raise ValueError(f'this {device.type} cannot compute gradients in {precision}: use mixed_precision '
                          f'{"fp16, or " if old else ""}no (float32)')
+    return precision.replace('no', 'float32')
 
 def import_method(
     text: str | None,  # 'module:name' of a subclass of Trainer, or of a MethodSpec; None: ViCC
@@ -73,7 +74,7 @@ def train_from_files(
     rejoin_after_restart('nccl' if use_gpu else 'gloo', patience)
     accelerator = Accelerator(mixed_precision=recipe.precision(),
                               kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)])
-    check_precision(accelerator)
+    precision = check_precision(accelerator)
     rows, store = read_manifest(values.manifest), values.store or Path(values.output)/'store'
     check_batches(recipe, len(rows), accelerator.num_processes)  # both before hours of preparing
     with torch.device('meta'): create_backbone(recipe.backbone, **recipe.backbone_options)
@@ -88,9 +89,8 @@ def train_from_files(
         set_timeout(timedelta(hours=1))
     rows = store.select(rows)
     if accelerator.is_main_process:
-        precision = accelerator.mixed_precision.replace('no', 'float32')
         print(f'device {accelerator.device}, {precision}')
-        print(plan_line(recipe, rows, accelerator))
+        print(plan_line(recipe, rows, accelerator.device.type, accelerator.num_processes))
     train(recipe, store, values.output, rows, accelerator, method=method,
           accept_changes=values.accept_changes)
 

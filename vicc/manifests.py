@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'LABEL_WORDS', 'LARGEST', 'UNPRINTABLE', 'ODD_PATH', 'VIDEO_EXTENSIONS', 'PICTURE_EXTENSIONS', 'SUBSETS',
            'DATA_MANIFESTS_FOLDER', 'DATASET_INFO', 'UCF101_COUNTS', 'HMDB51_COUNTS', 'UCF101_CLASSES',
-           'HMDB51_CLASSES', 'KINETICS400_CLASSES', 'check_rule', 'parse_column', 'check_class_names', 'table_remarks',
-           'check_manifest', 'read_table', 'read_list', 'read_manifest', 'write_manifest', 'require_videos',
-           'list_files', 'count_suffixes', 'video_files', 'warn_skipped', 'class_folders', 'folder_manifest',
-           'numbered_series', 'convert_frame_folders', 'official_count', 'listed_manifest', 'ucf101_manifest',
-           'read_split_list', 'hmdb51_manifest', 'kinetics_manifest', 'split_manifest', 'number_classes',
-           'OverlapWarning', 'shared_group_remarks', 'folder_labels', 'check_train_test']
+           'HMDB51_CLASSES', 'KINETICS400_CLASSES', 'parse_column', 'check_class_names', 'check_manifest', 'read_table',
+           'read_manifest', 'write_manifest', 'require_videos', 'folder_manifest', 'numbered_series',
+           'convert_frame_folders', 'ucf101_manifest', 'read_split_list', 'hmdb51_manifest', 'kinetics_manifest',
+           'split_manifest', 'number_classes', 'OverlapWarning', 'shared_group_remarks', 'check_train_test']
 
 # %% ../nbs/datasets/manifests.ipynb #08a3b24c
 import csv
@@ -40,13 +38,8 @@ VIDEO_EXTENSIONS = tuple(  # of video.CONTAINER_FORMATS
     '.mp4 .m4v .mov .qt .3gp .3g2 .avi .divx .mkv .webm .mpg .mpeg .mpe .m1v .m2v .vob .mod .ts .mts .m2ts '
     '.m2t .tod .flv .f4v .wmv .asf .ogv .ogg .ogm .h264 .264 .h265 .265 .hevc .gif'.split())
 
-def check_rule(
-    broken: pd.Series,  # bool, one per row
-    cells: pd.Series,  # a column; its index gives the row in the message
-    problem: str,  # what is wrong, and what to do; {} stands for the cell
-    where: str,  # name of the table, for the message
-) -> None:
-    "Raises ValueError for the first row that breaks a rule."
+def _check_rule(broken: pd.Series, cells: pd.Series, problem: str, where: str) -> None:
+    "Raises ValueError for the first cell that breaks a rule; {} in `problem` stands for it."
     if not broken.any(): return
     row = int(np.argmax(broken))
     problem = problem.replace('{}', short_repr(cells.tolist()[row], 300))
@@ -62,7 +55,7 @@ def parse_column(
     texts = pd.Series(texts, cells.index, dtype=object, name=column)
     if isinstance(unknown, str):
         problem = '{} has a character that cannot be printed: take it out, or close a quote'
-        check_rule(texts.str.contains(UNPRINTABLE), texts, problem, where)
+        _check_rule(texts.str.contains(UNPRINTABLE), texts, problem, where)
         return (texts if column == 'video' else texts.str.strip()).tolist()
     texts = texts.str.strip().str.lower()
     numbers = pd.to_numeric(texts.mask(texts.isin(['', 'nan']), str(unknown)), errors='coerce').astype(float)
@@ -70,7 +63,7 @@ def parse_column(
     wrong, kind = ~numbers.between(least, largest), 'number'
     if isinstance(unknown, int): wrong, kind = wrong | (numbers % 1 != 0), 'whole number'
     cure = 'correct it, or put names into class_name' if column == 'label' else 'correct it'
-    check_rule(wrong, texts, f'{{}} is not a {kind} from {least} to {largest}: {cure}', where)
+    _check_rule(wrong, texts, f'{{}} is not a {kind} from {least} to {largest}: {cure}', where)
     return numbers.astype(type(unknown)).tolist()
 
 def check_class_names(
@@ -91,11 +84,21 @@ def check_class_names(
         if not differs.any(): continue
         key, other = (short_repr(values[differs].tolist()[0]) for values in (both[known], first))
         problem = f'{known} {key} is {{}} here, and {other} in {origin}: {cure}'
-        check_rule(differs, both[column], problem, where)
+        _check_rule(differs, both[column], problem, where)
 
-def table_remarks(
-    table: pd.DataFrame,  # that has passed all checks
-) -> list[str]:  # sentences; empty if all is well
+def _fill_in_classes(table: pd.DataFrame, numbered: bool) -> None:
+    "Take a missing label or name from other rows of the class; without labels number the sorted names."
+    named = table['class_name'] != ''
+    if not numbered:
+        numbers = {name: number for number, name in enumerate(sorted(set(table['class_name'][named])))}
+        table['label'] = table['class_name'].map(numbers).fillna(-1).astype(int)
+    numbers = table['label'].where(table['label'] >= 0).groupby(table['class_name']).transform('first')
+    table['label'] = table['label'].mask(named & (table['label'] < 0), numbers.fillna(-1)).astype(int)
+    names = table['class_name'].where(named).groupby(table['label']).transform('first')
+    names = names.fillna(table['label'].astype(str))
+    table['class_name'] = table['class_name'].mask(~named & (table['label'] >= 0), names)
+
+def _table_remarks(table: pd.DataFrame) -> list[str]:
     "Say what is allowed in a manifest, and mostly a mistake."
     known, remarks = table[table['label'] >= 0], []
     named = known[known['class_name'] != known['label'].astype(str)]
@@ -118,43 +121,33 @@ def check_manifest(
     """Check a table and fill in what it lacks. A row that repeats an earlier one is left out with a warning.
 
     Raises ValueError naming row and column of the first mistake."""
-    if manifest.empty or 'video' not in manifest:
-        names = ', '.join(map(str, manifest.columns))[:200]
-        cased = [f'{name} as {name.lower()}' for name in map(str, manifest.columns)
-                 if name != name.lower() and name.lower() in COLUMNS]
-        cure = f'write {", ".join(cased)}' if cased else 'name the column of paths so, in the first row'
-        problem = f'there is no column video (but {names}): {cure}'
-        raise ValueError(f'{where}: ' + ('has no rows: add videos' if 'video' in manifest else problem))
-    given = manifest
-    if not pd.api.types.is_integer_dtype(given.index): given = given.reset_index(drop=True)
-    filled = given.assign(**{name: unknown for name, unknown in COLUMNS.items() if name not in given})
-    cells = {name: parse_column(filled[name], where) for name in COLUMNS}
-    others = {name: given[name].tolist() for name in given.columns if name not in COLUMNS}
+    given = manifest if pd.api.types.is_integer_dtype(manifest.index) else manifest.reset_index(drop=True)
     lacking = [name for name in COLUMNS if name not in given]
-    hints = [f'{name}{hint}' for name in others if (hint := did_you_mean(str(name).lower(), lacking))]
+    others = [name for name in given if name not in COLUMNS]
+    hints = {name: did_you_mean(str(name).lower(), lacking) for name in others}
     if 'label' in lacking and 'class_name' not in lacking:
-        hints += [f'{name} (did you mean label?)' for name in others if str(name).lower() in LABEL_WORDS]
-    if hints: warnings.warn(f'{where}: columns that are not used: {", ".join(hints)}', stacklevel=2)
-    table = pd.DataFrame(cells | others, given.index)
+        hints |= {name: ' (did you mean label?)' for name in others if str(name).lower() in LABEL_WORDS}
+    if 'video' in lacking:
+        names = ', '.join(f'{name}{hints.get(name, "")}' for name in given)[:200]
+        raise ValueError(f'{where}: there is no column video (but {names}): name the column of paths so, '
+                         'in the first row')
+    if given.empty: raise ValueError(f'{where}: has no rows: add videos')
+    unused = ', '.join(f'{name}{hint}' for name, hint in hints.items() if hint)
+    if unused: warnings.warn(f'{where}: columns that are not used: {unused}', stacklevel=2)
+    filled = given.assign(**{name: COLUMNS[name] for name in lacking})
+    cells = {name: parse_column(filled[name], where) for name in COLUMNS}
+    table = pd.DataFrame(cells | {name: given[name].tolist() for name in others}, given.index)
     problem = '{} is no plain path below the folder of videos: write it relative, with /, without . and ..'
-    check_rule(table['video'].str.contains(ODD_PATH), table['video'], problem, where)
-    if 'class_name' in given and 'label' not in given:
-        numbers = {name: number for number, name in enumerate(sorted(set(table['class_name']) - {''}))}
-        table['label'] = [numbers.get(name, -1) for name in table['class_name']]
-    numbers = table['label'].where(table['label'] >= 0).groupby(table['class_name']).transform('first')
-    named = table['class_name'] != ''
-    table['label'] = table['label'].mask(named & (table['label'] < 0), numbers.fillna(-1)).astype(int)
-    known = table['label'] >= 0
-    names = table['class_name'].where(named).groupby(table['label']).transform('first')
-    table['class_name'] = table['class_name'].mask(~named & known, names.fillna(table['label'].astype(str)))
+    _check_rule(table['video'].str.contains(ODD_PATH), table['video'], problem, where)
+    _fill_in_classes(table, 'label' in given)
     twice, same = table['video'].duplicated(), table.duplicated(['video', 'label', 'group'])
     problem = '{} is there twice, with another label or group: take one of the two out'
-    check_rule(twice & ~same, table['video'], problem, where)
+    _check_rule(twice & ~same, table['video'], problem, where)
     check_class_names(table, where)
     if twice.any():
         warnings.warn(f'{where}: {twice.sum()} rows repeat an earlier one and are left out, such as that of '
                       f"{table['video'][twice].iloc[0]}", stacklevel=2)
-    for remark in table_remarks(table): warnings.warn(f'{where}: {remark}', stacklevel=2)
+    for remark in _table_remarks(table): warnings.warn(f'{where}: {remark}', stacklevel=2)
     return table[~twice].reset_index(drop=True)
 
 # %% ../nbs/datasets/manifests.ipynb #403d1266
@@ -174,22 +167,20 @@ def read_table(
         rows, problem = {}, 'is JSON: save it as CSV (pandas.read_json(…).to_csv(…, index=False))'
     header = [name.strip() for name in rows.pop(min(rows, default=0), [])]
     for row, cells in rows.items():
-        if len(cells) != len(header):
-            cure = f'fill in cells that are missing, close quotes, and separate cells by {separator!r}'
-            if len(cells) > len(header):
-                cure = f'quote a name that holds a {separator!r}, or correct the header'
-            raise ValueError(f'{path}: row {row}: has {len(cells)} cells, the header '
-                             f'{short_repr(separator.join(header))} has {len(header)}: {cure}')
-    cells = pd.DataFrame(list(rows.values()), [row - 2 for row in rows], range(len(header)), dtype=object)
-    used = [number for number, name in enumerate(header) if name or cells[number].str.strip().any()]
-    table = cells[used].set_axis([header[number] for number in used], axis=1)
-    if used and table.columns.is_unique: return table
+        if len(cells) == len(header): continue
+        cure = f'fill in cells that are missing, close quotes, and separate cells by {separator!r}'
+        if len(cells) > len(header): cure = f'quote a name that holds a {separator!r}, or correct the header'
+        raise ValueError(f'{path}: row {row}: has {len(cells)} cells, the header '
+                         f'{short_repr(separator.join(header))} has {len(header)}: {cure}')
+    table = pd.DataFrame(list(rows.values()), [row - 2 for row in rows], header, dtype=object)
+    table = table.loc[:, [bool(name or column.str.strip().any()) for name, column in table.items()]]
+    if len(table.columns) and table.columns.is_unique: return table
     raise ValueError(f'{path}: {problem} {", ".join(header)[:200]}')
 
-def read_list(
-    path: str | os.PathLike,  # a path, and mostly a label, in each line
-) -> pd.DataFrame | None:  # columns video and label, as text; None: the first line is no video
-    "Read a list of videos without a header, as other toolboxes write it. Raises ValueError naming the row."
+def _read_list(path: str | os.PathLike) -> pd.DataFrame | None:
+    """Read lines of a path and mostly a label, without a header, as columns video and label.
+
+    None if the first line is no video. Raises ValueError naming another row that is none."""
     rows = {}
     for row, line in enumerate(read_text(path, max_bytes=2**30).splitlines(), 1):
         if not line.strip(): continue
@@ -204,7 +195,7 @@ def read_manifest(
     path: str | os.PathLike,  # CSV file, UTF-8; or a list: a path, and mostly a label, in each line
 ) -> pd.DataFrame:  # see COLUMNS
     "Read and check a manifest. Raises FileNotFoundError, or ValueError naming file, row and column."
-    table = read_list(path)
+    table = _read_list(path)
     if table is None: table = read_table(path)
     if 'video' in table:  # only in front of the first column a space may be part of the name
         first = table.columns[0] == 'video'
@@ -252,10 +243,8 @@ def require_videos(
 PICTURE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp')
 SUBSETS = ('train', 'training', 'val', 'valid', 'validate', 'validation', 'test', 'testing')
 
-def list_files(
-    root: str | os.PathLike,  # folder to search, with all folders in it
-) -> list[str]:  # sorted paths relative to root, with /
-    "List all files below a folder but hidden ones. Raises OSError for a folder that cannot be read."
+def _list_files(root: str | os.PathLike) -> list[str]:
+    "Sorted paths below a folder, without hidden ones. Raises OSError for a folder that cannot be read."
     def fail(error: OSError) -> None: raise error
     paths, visited = [], set()
     for here, folders, names in os.walk(root, onerror=fail, followlinks=True):
@@ -266,36 +255,29 @@ def list_files(
         paths += [(inside/name).as_posix() for name in names if new and not name.startswith('.')]
     return sorted(paths)
 
-def count_suffixes(
-    paths: Iterable[str],  # of files
-) -> str:  # such as '3 .txt and 1 .y4m'
-    "How many files there are of each kind."
+def _count_suffixes(paths: Iterable[str]) -> str:
+    "How many files there are of each kind, such as '3 .txt and 1 .y4m'."
     counts = Counter(PurePosixPath(path).suffix.lower() or 'without suffix' for path in paths)
     return short_repr(' and '.join(f'{count} {suffix}' for suffix, count in counts.most_common()), 200)[1:-1]
 
-def video_files(
-    root: str | os.PathLike,  # folder to search, with all folders in it
-) -> tuple[list[str], dict[str, str], list[str]]:  # videos; odd names → what is wrong; other files
-    "List all video files below a folder. Raises OSError, or ValueError if it holds no video."
+def _video_files(root: str | os.PathLike) -> tuple[list[str], dict[str, str], list[str]]:
+    "Videos below a folder, odd names → what is wrong, other files. Raises OSError, ValueError for no video."
     videos, problems, others = [], {}, []
-    for path in list_files(root):
+    for path in _list_files(root):
         if not path.lower().endswith(VIDEO_EXTENSIONS): others.append(path)
         elif re.search(UNPRINTABLE, path): problems[path] = 'has a name that is not text: rename it'
         elif re.search(ODD_PATH, path): problems[path] = 'has a backslash in its name, or a drive: rename it'
         else: videos.append(path)
     if videos: return videos, problems, others
-    unread = count_suffixes([*others, *problems]) or 'nothing'
+    unread = _count_suffixes([*others, *problems]) or 'nothing'
     what, cure = 'that can be used', 'check the path, or convert them to .mp4'
     if any(path.lower().endswith(PICTURE_EXTENSIONS) for path in others):
         what, cure = 'but pictures', 'make videos of them with vicc.manifests.convert_frame_folders'
     raise ValueError(f'{root} holds no video {what} ({unread}): {cure}')
 
-def warn_skipped(
-    manifest: pd.DataFrame,  # of a builder
-    problems: dict[str, str],  # videos that were left out → why
-    others: Sequence[str] = (),  # files that are not read
-) -> pd.DataFrame:  # the same; attrs['problems'] has the problems
-    "Warn how many videos are not in a manifest."
+def _warn_skipped(manifest: pd.DataFrame, problems: dict[str, str],
+                  others: Sequence[str] = ()) -> pd.DataFrame:
+    "Warn of videos that were left out, and files that are not read. The manifest, with attrs['problems']."
     manifest.attrs['problems'], texts = problems, []
     if problems:
         first = '; '.join(f'{video}: {problem}' for video, problem in list(problems.items())[:3])
@@ -305,18 +287,14 @@ def warn_skipped(
         used = {str(folder) for video in manifest['video'] for folder in PurePosixPath(video).parents}
         empty = sorted({str(PurePosixPath(path).parent) for path in others} - used)
         cure = 'convert videos among them to .mp4, and frames with convert_frame_folders'
-        texts.append(f'not read: {count_suffixes(others)} ({cure})')
+        texts.append(f'not read: {_count_suffixes(others)} ({cure})')
         if empty: texts.append('without any video: ' + ', '.join(empty[:5]) + ' …'*(len(empty) > 5))
     if texts: warnings.warn('; '.join(texts), stacklevel=3)
     return manifest
 
-def class_folders(
-    root: str | os.PathLike,  # for the message
-    videos: Sequence[str],  # paths relative to root
-    classes: Sequence[str] | None,  # folders to take; None: all
-    subset: str,  # '' if the class folders lie in root
-) -> list[str]:  # in the order of their labels
-    "Find the class folders. Raises ValueError if the folders are subsets, or no class folders, or not there."
+def _class_folders(root: str | os.PathLike, videos: list[str], classes: Sequence[str] | None,
+                   subset: str) -> list[str]:
+    "Find the class folders, in the order of their labels. Raises ValueError if they cannot be the classes."
     level, free = 1 if subset else 0, classes is None and not subset
     folders = sorted({video.split('/')[level] for video in videos if video.count('/') > level})
     deep = [video.split('/')[0] for video in videos if video.count('/') > 1]
@@ -344,8 +322,8 @@ def folder_manifest(
     subset: str = '',  # 'train': class folders and videos of root/train; paths and labels are those of root
 ) -> pd.DataFrame:  # see COLUMNS; attrs['problems'] lists what was left out
     "Make a manifest of a folder of class folders. Raises OSError and ValueError."
-    (videos, problems, others), rows, level = video_files(root), [], 1 if subset else 0
-    names = class_folders(root, videos, classes, subset) if labelled else []
+    (videos, problems, others), rows, level = _video_files(root), [], 1 if subset else 0
+    names = _class_folders(root, videos, classes, subset) if labelled else []
     labels = {name: label for label, name in enumerate(names)}
     for video in videos:
         folders = video.split('/')[:-1]
@@ -359,8 +337,8 @@ def folder_manifest(
     if group:
         manifest['group'] = manifest['video'].str.extract(group).iloc[:, 0]
         problem = '{} has no group: correct the pattern, with one bracket around the group'
-        check_rule(manifest['group'].isna(), manifest['video'], problem, where)
-    return warn_skipped(manifest, problems, others)
+        _check_rule(manifest['group'].isna(), manifest['video'], problem, where)
+    return _warn_skipped(manifest, problems, others)
 
 def numbered_series(
     paths: Sequence[str],  # of pictures
@@ -385,7 +363,7 @@ def convert_frame_folders(
         picture = cv2.imread(str(Path(root)/path))
         if picture is None: raise ValueError(f'{Path(root)/path} cannot be read as a picture: replace it')
         return picture[..., ::-1]
-    pictures = [path for path in list_files(root) if path.lower().endswith(PICTURE_EXTENSIONS)]
+    pictures = [path for path in _list_files(root) if path.lower().endswith(PICTURE_EXTENSIONS)]
     flow = r'(^|.*/)(flow([_-][^/]*)?|[xyuv])/[^/]*|(.*/)?(flow|[xyuv])[_-]?([xyuv][_-]?)?\d+\.\w+'
     frames = [path for path in pictures if not re.fullmatch(flow, path, re.IGNORECASE)]
     if not frames:
@@ -414,29 +392,22 @@ UCF101_CLASSES, HMDB51_CLASSES, KINETICS400_CLASSES = (
     read_table(DATA_MANIFESTS_FOLDER/f'{name}_classes.csv')['class_name'].tolist()
     for name in ('ucf101', 'hmdb51', 'kinetics400'))  # in the order of their labels
 
-def official_count(
-    counts: dict[int, dict[str, int]],  # UCF101_COUNTS or HMDB51_COUNTS
-    split: int,  # 1, 2 or 3
-    subset: str,  # 'train' or 'test'
-) -> int:
-    "Look up the number of videos. Raises ValueError for a split or subset that the data set does not have."
-    if subset in counts.get(split, {}): return counts[split][subset]
+def _official_count(counts: dict[int, dict[str, int]], split: int, subset: str, check: bool) -> int | None:
+    "Number of videos; None: any, if not to be checked. Raises ValueError for a split that does not exist."
+    if subset in counts.get(split, {}): return counts[split][subset] if check else None
     raise ValueError(f"split {split!r}, subset {subset!r}: choose split 1, 2 or 3, subset 'train' or 'test'")
 
-def listed_manifest(
-    videos: str | os.PathLike,  # folder to search
-    clips: Iterable[tuple],  # path to show, names of the file, label, class_name, group
-    what: str,  # data set, split and subset
-    expected: int | None = None,  # official number of clips; None: any
-    fold: Callable[[str], str] = str.lower,  # names are compared so; str: capitals count
-) -> pd.DataFrame:  # sorted by label and path; attrs['problems'] lists the clips that are not there
-    "Find the clips of an official list. Raises ValueError if their number is not the official one."
-    paths = pd.Series(video_files(videos)[0], dtype=object, name='video')
+def _listed_manifest(videos: str | os.PathLike, files: list[str], clips: list[tuple], what: str,
+                     expected: int | None = None, fold: Callable[[str], str] = str.lower) -> pd.DataFrame:
+    """Find clips among files; each is a path to show, names of the file, label, class_name and group.
+
+    Names are compared by `fold`. Raises ValueError if not as many are there as expected; None: any."""
+    paths = pd.Series(files, dtype=object, name='video')
     names = paths.map(lambda video: fold(PurePosixPath(video).stem))
     problem = '{} has the same name as an earlier file: move one of them away'
-    check_rule(names.duplicated(), paths, problem, f'files of {videos}')
+    _check_rule(names.duplicated(), paths, problem, f'files of {videos}')
     path_of, columns = dict(zip(names, paths)), ['listed', 'names', *list(COLUMNS)[1:4]]
-    table = pd.DataFrame(list(clips), columns=columns)
+    table = pd.DataFrame(clips, columns=columns)
     table['video'] = [next((path_of[fold(name)] for name in names if fold(name) in path_of), None)
                       for names in table['names']]
     table = table.sort_values(['label', 'video'])
@@ -453,7 +424,7 @@ def listed_manifest(
         raise ValueError(f'{videos}: {what} must have {expected} videos, found {len(table)}'
                          f'{f" ({missing} … not there)" if missing else ""}: '
                          'fetch the data set again, or use what is there with check_counts=False')
-    return warn_skipped(check_manifest(table, f'{videos}: {what}'), problems)
+    return _warn_skipped(check_manifest(table, f'{videos}: {what}'), problems)
 
 # %% ../nbs/datasets/manifests.ipynb #c1bca4d3
 def ucf101_manifest(
@@ -463,9 +434,10 @@ def ucf101_manifest(
     check_counts: bool = True,  # refuse a copy that is not complete
 ) -> pd.DataFrame:  # see COLUMNS, sorted by label and path
     "Make one side of an official UCF101 split. Raises OSError, and ValueError if clips are missing."
-    count, clips = official_count(UCF101_COUNTS, split, subset), []
+    expected, clips = _official_count(UCF101_COUNTS, split, subset, check_counts), []
     labels = {class_name.lower(): label for label, class_name in enumerate(UCF101_CLASSES)}
-    for video in video_files(videos)[0]:
+    files = _video_files(videos)[0]
+    for video in files:
         name = PurePosixPath(video).stem
         match = re.fullmatch(r'v_(\w+)_g(\d\d)_c\d\d', name, re.IGNORECASE)
         if match is None or match[1].lower() not in labels: continue
@@ -473,21 +445,18 @@ def ucf101_manifest(
         side = 'test' if 7*split - 6 <= int(match[2]) <= 7*split else 'train'
         class_name = UCF101_CLASSES[label]
         if side == subset: clips.append((video, [name], label, class_name, f'{class_name}_g{match[2]}'))
-    return listed_manifest(videos, clips, f'UCF101 split {split} {subset}', count if check_counts else None)
+    return _listed_manifest(videos, files, clips, f'UCF101 split {split} {subset}', expected)
 
 def read_split_list(
     path: Path,  # text file: in each line a clip and 1 (train), 2 (test) or 0 (unused)
 ) -> dict[str, str]:  # file name → number
-    "Read an official list of HMDB51. Raises FileNotFoundError, and ValueError naming the first wrong line."
-    clips: dict[str, str] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        name, _, mark = line.strip().partition(' ')
-        if not name: continue
-        if name in clips or mark.strip() not in ('0', '1', '2'):
-            raise ValueError(f'{path}: line {number}: {short_repr(line)} is there twice, or is no line of '
-                             'the official list: fetch the list again')
-        clips[name] = mark.strip()
-    return clips
+    "Read an official list of HMDB51. Raises FileNotFoundError, and ValueError naming the first wrong row."
+    clips = _read_list(path)
+    if clips is None: raise ValueError(f'{path}: row 1 is no line of the official list: fetch the list again')
+    problem = '{} is there twice, or has no number from 0 to 2 behind it: fetch the list again'
+    wrong = clips['video'].duplicated() | ~clips['label'].isin(['0', '1', '2'])
+    _check_rule(wrong, clips['video'], problem, str(path))
+    return dict(zip(clips['video'], clips['label']))
 
 def hmdb51_manifest(
     videos: str | os.PathLike,  # folder with the clips, in class folders or not
@@ -497,14 +466,15 @@ def hmdb51_manifest(
     check_counts: bool = True,  # refuse a copy that is not complete
 ) -> pd.DataFrame:  # see COLUMNS, sorted by label and path; attrs['problems'] lists missing clips
     "Make one side of an official HMDB51 split. Raises OSError, and ValueError if clips are missing."
-    count, clips = official_count(HMDB51_COUNTS, split, subset), []
+    expected, clips = _official_count(HMDB51_COUNTS, split, subset, check_counts), []
     for label, class_name in enumerate(HMDB51_CLASSES):
         for name, mark in read_split_list(Path(split_files)/f'{class_name}_test_split{split}.txt').items():
             if mark != {'train': '1', 'test': '2'}[subset]: continue
             match = re.fullmatch(rf'(.+)_{class_name}_\w_\w\w_np\w_\w\w_\w+_\d+\.\w+', name)
             group = f'{class_name}_{match[1] if match else name}'  # other names: a source of its own
             clips.append((f'{class_name}/{name}', [PurePosixPath(name).stem], label, class_name, group))
-    return listed_manifest(videos, clips, f'HMDB51 split {split} {subset}', count if check_counts else None)
+    files = _video_files(videos)[0]
+    return _listed_manifest(videos, files, clips, f'HMDB51 split {split} {subset}', expected)
 
 def kinetics_manifest(
     videos: str | os.PathLike,  # folder with the clips, in class folders or not
@@ -517,18 +487,18 @@ def kinetics_manifest(
     table = read_table(csv_file).reindex(columns=needed, fill_value='')
     for name in needed:
         problem = 'is empty, or there is no such column: fetch the table again'
-        check_rule(table[name].str.strip() == '', table[name], problem, where)
+        _check_rule(table[name].str.strip() == '', table[name], problem, where)
     for name in ('time_start', 'time_end'): table[name] = parse_column(table[name], where)
     labels = {name: label for label, name in enumerate(classes or KINETICS400_CLASSES)}
     problem = f'{{}} is not one of the {len(labels)} classes: correct it, or give other classes'
-    check_rule(~table['label'].isin(list(labels)), table['label'], problem, where)
+    _check_rule(~table['label'].isin(list(labels)), table['label'], problem, where)
     if subset == 'val' and 'val' not in set(table['split']): subset = 'validate'  # both words are in use
     for clip in table[table['split'] == subset].itertuples():
         name = f'{clip.youtube_id}_{clip.time_start:06}_{clip.time_end:06}'
         plain = f'{clip.youtube_id}_{clip.time_start}_{clip.time_end}'
         clips.append((f'{clip.label}/{name}.mp4', [name, plain, clip.youtube_id],
                       labels[clip.label], clip.label, clip.youtube_id))
-    return listed_manifest(videos, clips, f'split {subset} of {csv_file}', fold=str)
+    return _listed_manifest(videos, _video_files(videos)[0], clips, f'split {subset} of {csv_file}', fold=str)
 
 # %% ../nbs/datasets/manifests.ipynb #daf0d7b1
 def split_manifest(
@@ -588,12 +558,20 @@ def shared_group_remarks(
     return [f'{len(shared)} groups have videos in both manifests, such as {shared[0]}: '
             'siblings make a test look better than it is']
 
-def folder_labels(
-    rows: pd.DataFrame,  # a manifest
-) -> dict[str, int]:  # folder → label, of folders with one class
-    "Find the label of every folder that holds a single class."
-    labels = rows[rows['label'] >= 0].groupby(rows['video'].str.rpartition('/')[0])['label'].unique()
-    return {folder: int(found[0]) for folder, found in labels.items() if folder and len(found) == 1}
+def _check_unnamed_labels(train: pd.DataFrame, test: pd.DataFrame) -> None:
+    "Raises ValueError if one table counts from 1: by the folders that both have, or by lowest and highest."
+    where = 'in the training manifest,'
+    cure = 'in the test manifest: number the classes alike, or write class_name in place of label'
+    tables = [rows[rows['label'] >= 0] for rows in (train, test)]
+    folders = [rows.groupby(rows['video'].str.rpartition('/')[0])['label'] for rows in tables]
+    known, asked = (labels.first()[labels.nunique() == 1] for labels in folders)
+    for folder in known.index.intersection(asked.index).drop('', errors='ignore'):
+        if known[folder] == asked[folder]: continue
+        raise ValueError(f'videos of the folder {folder} have label {known[folder]} {where} {asked[folder]} '
+                         f'{cure}. Does one of the tables count from 1?')
+    (low, high), (test_low, test_high) = (rows['label'].agg(['min', 'max']) for rows in tables)
+    if abs(test_low - low) == 1 and test_low - low == test_high - high:
+        raise ValueError(f'labels go from {low} to {high} {where} from {test_low} to {test_high} {cure}')
 
 def check_train_test(
     train: pd.DataFrame,  # the gallery, or what a classifier learns from
@@ -601,20 +579,10 @@ def check_train_test(
 ) -> None:
     "Raises ValueError if both number classes differently or share a video; warns if they share groups."
     check_class_names(test, 'test manifest', train, 'the training manifest')
-    both, problem = sorted(set(train['video']) & set(test['video'])), ''
+    both = sorted(set(train['video']) & set(test['video']))
     if both:
-        problem = (f'{len(both)} videos are in both manifests, the first is {both[0]}: '
-                   'a test on training videos says nothing')
-    spans = [rows.loc[rows['label'] >= 0, 'label'].agg(['min', 'max']) for rows in (train, test)]
-    unnamed = all((rows['class_name'] == rows['label'].astype(str)).all() for rows in (train, test))
-    if unnamed and (spans[0] - spans[1]).abs().eq(1).all() and np.diff(spans[0] - spans[1]) == 0:
-        (low, high), (test_low, test_high) = spans
-        problem = (f'labels go from {low} to {high} in the training manifest, from {test_low} to {test_high} '
-                   'in the test manifest: number the classes alike, or write class_name in place of label')
-    known, asked = (folder_labels(rows) if unnamed else {} for rows in (train, test))
-    for folder in sorted(folder for folder in known if asked.get(folder, known[folder]) != known[folder])[:1]:
-        problem = (f'videos of the folder {folder} have label {known[folder]} in the training manifest, '
-                   f'{asked[folder]} in the test manifest: number the classes alike, or write class_name in '
-                   'place of label. Does one of the tables count from 1?')
-    if problem: raise ValueError(problem)
+        raise ValueError(f'{len(both)} videos are in both manifests, the first is {both[0]}: '
+                         'a test on training videos says nothing')
+    if all((rows['class_name'] == rows['label'].astype(str)).all() for rows in (train, test)):
+        _check_unnamed_labels(train, test)
     for remark in shared_group_remarks(train, test): warnings.warn(remark, OverlapWarning, stacklevel=2)

@@ -28,7 +28,8 @@ def command_lines(page):
     blocks = [block for cell in page.cells for block in re.findall(r'```bash\n(.*?)```', cell.source, re.DOTALL)]
     return [line for block in blocks for line in re.sub(r'\\\n *', '', block).splitlines() if line and line[0] != '#']
 
-LINES = command_lines(PAGE)
+TYPED = command_lines(PAGE)
+LINES = [re.sub(r'^\w+=\$\((.*)\)$', r'\1', line) for line in TYPED]  # store=$(sbatch …)
 RECORD = '#!/bin/bash\nprintf "%s\\0" "${0##*/}" "$@" END >> calls\n'
 STAND_INS = dict(torchrun=RECORD, vicc=RECORD, papermill=RECORD, rsync=RECORD, python=f'{RECORD}echo --preset ultrafast\n', srun='#!/bin/bash\n"$@"\n',
                  scontrol='#!/bin/bash\n[ "$1 $2 $3" = "show hostnames node[1-4]" ] && printf "node1\\nnode2\\n"\n')
@@ -38,7 +39,9 @@ def calls_of(line: str, folder: Path, **environment: str) -> list[list[str]]:
     words, slurm = shlex.split(line), {}
     if words[0] == 'sbatch':
         number = next(number for number, word in enumerate(words) if word.endswith('.sbatch'))
-        options = dict(zip(words[1:number:2], words[2:number:2]))
+        options = [word for word in words[1:number] if word != '--parsable']
+        options = dict(zip(options[::2], options[1::2]))
+        options.pop('--dependency', '')
         slurm = dict(SLURM_JOB_ID='77', SLURM_JOB_NODELIST='node[1-4]', SLURM_NNODES=options.pop('--nodes', '1'), SLURM_GPUS_ON_NODE=options.pop('--gpus-per-node', '0'))
         if array := options.pop('--array', ''):
             first, last = map(int, array.split('-'))
@@ -67,6 +70,20 @@ def folder(tmp_path_factory):
 def test_the_page_has_all_commands():
     assert len(LINES) == 17 and sum('train.sbatch' in line for line in LINES) == 5 and sum(line.startswith('torchrun') for line in LINES) == 2
 
+def test_jobs_wait_for_what_they_read():
+    "afterok names the jobs that make the store and the run of a line."
+    made, waiting = {}, [line for line in TYPED if '=$(' in line or '--dependency' in line]
+    for line in waiting:
+        name, words = line.split('=$(')[0], shlex.split(line.rstrip(')'))
+        script, *_ = [word for word in words if word.endswith('.sbatch')]
+        after = re.findall(r'\$(\w+)', words[words.index('--dependency') + 1]) if '--dependency' in words else []
+        finished = set().union(*(made[each] for each in after))
+        places = words[words.index(script) + 1:]
+        read = {'train': places[2:3], 'evaluate': places[:2]}.get(Path(script).stem, [])
+        assert finished >= set(read), line
+        if '=$(' in line: made[name] = finished | {places[3]}
+    assert len(waiting) == 9
+
 def test_the_manifests(tmp_path, monkeypatch):
     "The page's program on two empty files of each data set: it refuses what is not complete, else it writes what the commands read."
     [code] = [block for cell in PAGE.cells for block in re.findall(r'```python\n(.*?)```', cell.source, re.DOTALL)]
@@ -76,7 +93,7 @@ def test_the_manifests(tmp_path, monkeypatch):
              'k400/train/clip-train-00_000000_000010.mp4', 'k400/val/clip-val-00_000000_000010.mp4', *(f'splits/{name}_test_split1.txt' for name in HMDB51_CLASSES)]
     for name in names:
         (data/name).parent.mkdir(parents=True, exist_ok=True)
-        (data/name).touch()
+        (data/name).write_text('film_2.avi 0')  # a list: 0 is in no split
     (data/'splits'/'wave_test_split1.txt').write_text('film_0.avi 2\nfilm_1.avi 1')  # 1: train, 2: test
     (data/'k400.csv').write_text('label,youtube_id,time_start,time_end,split\narchery,clip-train-00,0,10,train\narchery,clip-val-00,0,10,val')
     monkeypatch.chdir(tmp_path)

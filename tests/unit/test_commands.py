@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ import torch
 from vicc.alternation import main as train
 from vicc.augment import IMAGENET_MEAN, IMAGENET_STD
 from vicc.backbones import BACKBONES, create_backbone
-from vicc.commands import evaluate_command, evaluate_files, evaluation_remarks, trained_on_remarks
+from vicc.commands import check_precision, evaluate_command, evaluate_files, evaluation_remarks, trained_on_remarks
 from vicc.engine.io import find_project
 from vicc.prepare import STREAMS, prepare
 from vicc.recipe import Recipe
@@ -169,6 +170,11 @@ def test_a_released_file_is_audited(words, shapes, tmp_path, capsys):
         'not centred', 'channels not translated', 'published: ViCC-Flow-2'} <= set(table.loc['flow'].index)
     with pytest.raises(SystemExit): evaluate_command(['rgb=x', *arguments])
     assert 'or --released FILE' in capsys.readouterr().err
+
+
+def test_the_precision_is_named():
+    for device, precision, name in (('cpu', 'no', 'float32'), ('cuda', 'fp16', 'fp16')):
+        assert check_precision(SimpleNamespace(device=torch.device(device), mixed_precision=precision)) == name
 
 
 @pytest.mark.parametrize('precision, port, message', [('no', True, 'port {port} is in use: set MASTER_PORT'), ('fp16', False, 'this cpu cannot compute gradients in fp16')], ids=['port in use', 'fp16 on a CPU'])

@@ -117,8 +117,8 @@ def copied_lists(name, tmp_path, change):
 
 @needs_splits
 @pytest.mark.parametrize('edit, message', [
-    (lambda text: text + text.splitlines()[0] + '\n', "wave_test_split1.txt: line [0-9]+: '.*' is there twice, or is no line"),
-    (lambda text: text.replace(' 1', ' 3', 1), "wave_test_split1.txt: line [0-9]+: '.* 3 *' is there twice, or is no line"),
+    (lambda text: text + text.splitlines()[0] + '\n', "wave_test_split1.txt: row [0-9]+, column video: '.*avi' is there twice, or has no number"),
+    (lambda text: text.replace(' 1', ' 3', 1), "wave_test_split1.txt: row [0-9]+, column video: '.*avi' is there twice, or has no number from 0 to 2"),
     (lambda text: text.replace(' 1', ' 0', 1), 'HMDB51 split 1 train must have 3570 videos, found 3569')], ids=['twice', 'mark', 'short'])
 def test_hmdb51_changed_list(hmdb51, tmp_path, edit, message):
     lists = copied_lists('hmdb51_splits', tmp_path, ('wave_test_split1.txt', edit))
@@ -339,7 +339,7 @@ def test_large_table_is_quick(tmp_path):
     (dict(video=['a.mp4', 'b.mp4'], fps=['inf', '0']), "row 2, column fps: 'inf' is not a number from 0"),
     (dict(video=['a.mp4', 'b.mp4'], label=[0, 0], class_name=['run', 'Run']), "row 3, column class_name: label 0 is 'Run' here, and 'run' in an earlier row: make them the same"),
     (dict(video=['a.mp4', 'b.mp4'], label=[0, 1], class_name=['run', 'run']), "row 3, column label: class_name 'run' is 1 here, and 0 in an earlier row"),
-    (dict(path=['a.mp4']), r'no column video \(but path\)'), (dict(video=[]), 'has no rows')])
+    (dict(path=['a.mp4']), r'no column video \(but path\)'), (dict(Video=['a.mp4'], label=[0]), r'no column video \(but Video \(did you mean video\?\), label\): name'), (dict(video=[]), 'has no rows')])
 def test_wrong_tables(columns, message):
     with pytest.raises(ValueError, match=message): manifests.check_manifest(pd.DataFrame(columns))
 

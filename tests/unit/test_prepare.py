@@ -176,7 +176,7 @@ def test_useless_files_are_listed_with_the_reason(useless, tmp_path):
 @needs_samples
 def test_real_odd_files(tmp_path):
     rows = folder_manifest(shared/'official_samples'/'hmdb51')
-    store = prepare(rows, shared/'official_samples'/'hmdb51', tmp_path/'store', PrepareSettings(short_side=96, flow_method='farneback'), **QUIET)
+    store = prepare(rows, shared/'official_samples'/'hmdb51', tmp_path/'store', PrepareSettings(short_side=48, flow_method='dis'), **QUIET)
     assert sorted(store.manifest.num_frames) == [48, 72, 74, 83]  # the containers claim one more each
     for row in store.manifest.itertuples():
         for stream in ('rgb', 'flow'): assert len(store.read(row.video, stream)) == row.num_frames
@@ -256,7 +256,7 @@ def test_a_note_survives_a_killed_run(tmp_path):
     assert 'damaged after' in again.manifest.note[0] == first.manifest.note[0]
 
 def test_a_replaced_source_is_prepared_again(tmp_path):
-    frames, videos = noise(100, 64, 64), tmp_path/'videos'
+    frames, videos = noise(40, 64, 64), tmp_path/'videos'
     videos.mkdir()
     for name, part in dict(whole=frames, turned=frames[:, ::-1], other=frames[:20]).items(): write_video(videos/f'{name}.avi', part)
     whole, turned, source = (videos/'whole.avi').read_bytes(), (videos/'turned.avi').read_bytes(), videos/'a.avi'
@@ -266,21 +266,21 @@ def test_a_replaced_source_is_prepared_again(tmp_path):
     def made(*changes) -> list[int]:
         store = prepare(rows, videos, tmp_path/'store', WIDE, **QUIET)
         return [store.report['videos_made'], *store.manifest.num_frames]
-    source.write_bytes(whole[:-10000])
+    source.write_bytes(whole[:len(whole)*2//3])
     first = made()
-    assert first[0] == 2 and first[1] < 100 and made() == [0, first[1], 20]
+    assert first[0] == 2 and first[1] < 40 and made() == [0, first[1], 20]
     source.write_bytes(whole)
-    assert made() == [1, 100, 20] and made()[0] == 0
+    assert made() == [1, 40, 20] and made()[0] == 0
     source.touch()  # copied again, and the same
     assert made()[0] == 0
     source.write_bytes(turned)  # as long as before
-    assert made() == [1, 100, 20]
+    assert made() == [1, 40, 20]
     source.unlink()
     assert made()[0] == 0  # what is prepared needs it no more
     table = pd.read_csv(tmp_path/'store'/'checksums.csv')
     table.drop(columns=['source_bytes', 'source_sha256']).to_csv(tmp_path/'store'/'checksums.csv', index=False)  # an older store
-    source.write_bytes(whole[:-10000])
-    assert made() == [0, 100, 20]
+    source.write_bytes(whole[:len(whole)*2//3])
+    assert made() == [0, 40, 20]
     for name in ('manifest', 'checksums'): (tmp_path/'store'/f'{name}.csv').unlink()  # killed before the end, and replaced then
     assert made() == [1, first[1], 20]
 
@@ -347,10 +347,11 @@ def test_shards_at_once_and_more_of_them_than_videos(shapes, whole, tmp_path, mo
     rows.to_csv(tmp_path/'one.csv', index=False)
     command = [sys.executable, '-m', 'vicc.prepare', str(tmp_path/'one.csv'), str(shapes['videos']), str(tmp_path/'store'), '--short-side=48', '--flow-method=farneback', '--flow-bound=5',
                '--workers=0']
-    settings, places = [['--num-shards=2', '--shard=1'], []], [{}, dict(SLURM_PROCID='0', SLURM_NTASKS='2')]
-    clean = {key: value for key, value in os.environ.items() if key not in ('RANK', 'WORLD_SIZE', 'SLURM_PROCID', 'SLURM_NTASKS')}
-    shards = [subprocess.Popen(command + options, env=clean | place, stdout=subprocess.DEVNULL) for options, place in zip(settings, places)]
-    assert [shard.wait() for shard in shards] == [0, 0]
+    for name in ('RANK', 'WORLD_SIZE'): monkeypatch.delenv(name, raising=False)
+    for name, value in dict(SLURM_PROCID='0', SLURM_NTASKS='2').items(): monkeypatch.setenv(name, value)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as other:  # it reads its shard from the environment
+        module.main([*command[3:], '--num-shards=2', '--shard=1'])
+    assert other.returncode == 0
     store = Store(tmp_path/'store')
     assert list(store.manifest.video) == list(rows.video) and store.report['videos'] == 1
     monkeypatch.setenv('WORLD_SIZE', '3')
@@ -383,28 +384,21 @@ def test_the_report_says_what_was_done(shapes, tmp_path):
     assert report['seconds'] > 0 and '8 videos: 8 made, 0 set aside' in lines[-1] and 'frames/s' in lines[-1]
 
 @pytest.mark.skipif(not hasattr(os, 'killpg'), reason='this system knows no process groups')
-def test_a_kill(tmp_path):
+def test_a_kill(tmp_path, monkeypatch):
     import kill_prepare
+    monkeypatch.setattr(kill_prepare, 'OPTIONS', [*kill_prepare.OPTIONS, '--workers=1'])  # each imports torch
     rows = kill_prepare.main(1, tmp_path, videos=4, frames=40, seed=1)
     for row in rows: assert row['identical'] and row['restarted'] and not row['left_over'] and not row['workers_left'], row
 
 @needs_samples
 def test_stored_tvl1_is_close_to_the_measured_one(tmp_path):
     source = shared/'official_samples'/'ucf101'/'SoccerJuggling'/'v_SoccerJuggling_g23_c01.avi'
-    frames = np.stack([frame for frame, _ in zip(decode_for_store(source, PrepareSettings(120), []), range(6))])
+    frames = np.stack([frame for frame, _ in zip(decode_for_store(source, PrepareSettings(120), []), range(3))])
     write_video(tmp_path/'short.mp4', frames, crf=0, pixel_format='yuv444p')
     prepare_video(tmp_path/'short.mp4', files(tmp_path), PrepareSettings())
     wanted = module.compute_flow(read_frames(tmp_path/'short.mp4'), 'tvl1').clip(-20, 20)
     stored = dequantise(module.unstack_flow(read_frames(tmp_path/'flow.mp4')).transpose(0, 3, 1, 2), 20)[:-1]
     assert np.abs(stored - wanted).mean() < 0.15
-
-def test_script_without_main_guard(tmp_path):
-    "Every worker imports the script that started it, and would start workers of its own: an error, not an endless run."
-    make_moving_shapes(tmp_path/'shapes', 8, 1)
-    script = tmp_path/'script.py'
-    script.write_text(f'from vicc.prepare import prepare\nfolder = {str(tmp_path)!r}\nprepare(folder + "/shapes/train.csv", folder + "/shapes/videos", folder + "/store", workers=2)\n')
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
-    assert done.returncode and "__name__ == '__main__'" in done.stderr.splitlines()[-1]
 
 # --- a store of before, another rate, imported flow
 

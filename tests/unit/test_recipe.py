@@ -176,6 +176,8 @@ def test_suggestions_are_the_papers_where_the_paper_was(tmp_path):
     one.write(tmp_path/'mine.yaml')
     assert Recipe.read(tmp_path/'mine.yaml') == one
     assert suggest_recipe(49)[0].single_batch_size == 16
+    assert suggest_recipe(20_000, 4, 'k400_s3d')[0].save_every_steps == 0  # 104 steps an epoch, not 1,250
+    assert suggest_recipe(500, 1, 'demo')[1].why.num_prototypes == 'for each about 298 videos or more; clips in batch and queue: 1'
     for clips in (5000, 20_000, 240_000):  # the same epochs from the recipe for 240,000 as from that for 9,537
         a, b = (suggest_recipe(clips, 4, base)[0] for base in ('ucf101_s3d', 'k400_s3d'))
         assert all(abs(getattr(a, name) - getattr(b, name)) <= 2 for name in ('single_epochs_rgb', 'single_queue_start_flow', 'cross_epochs'))
@@ -202,11 +204,13 @@ def test_the_command_writes_a_recipe_and_what_comes_next(shapes, tmp_path, capsy
     rows.to_csv(tmp_path/'m.csv', index=False)
     words = [str(tmp_path/'mine.yaml'), '--manifest', str(tmp_path/'m.csv'), '--base', 'demo']
     vicc(['suggest', *words, '--videos', str(shapes['videos'])])
-    text = capsys.readouterr().out
+    text = before = capsys.readouterr().out
     assert Recipe.read(tmp_path/'mine.yaml') == suggest_recipe(rows.assign(num_frames=16, fps=12., height=64, width=64), 1, 'demo')[0]
     assert '8 videos have 12 frames a second' in text and '\n  vicc train --recipe ' in text and '--gpus 1 --frames 16' in text and f"{shapes['videos']} STORE --short-side 64 --flow-method farneback --flow-bound 5.0" in text
     vicc(['suggest', str(tmp_path/'four.yaml'), *words[1:], '--gpus', '4'])
-    assert "\n  torchrun --standalone --nproc-per-node 4 -m vicc.alternation --prepared" in capsys.readouterr().out.replace(f" --recipe {tmp_path/'four.yaml'} --manifest {tmp_path/'m.csv'}", '')
+    text = capsys.readouterr().out
+    assert 'no frame rate is known, so store_fps is left to you' in text and 'left to you' not in before
+    assert "\n  torchrun --standalone --nproc-per-node 4 -m vicc.alternation --prepared" in text.replace(f" --recipe {tmp_path/'four.yaml'} --manifest {tmp_path/'m.csv'}", '')
     for wrong, said in ((words, 'does not exist yet'), ([str(tmp_path/'new.yaml'), *words[1:], '--videos', str(tmp_path)], '8 of 8 videos cannot be read'),
                         ([str(tmp_path/'new.yaml'), *words[1:], '--gpus', '0'], 'at least one process')):
         with pytest.raises(SystemExit): vicc(['suggest', *wrong])

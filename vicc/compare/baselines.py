@@ -5,12 +5,16 @@
 # %% auto #0
 __all__ = ['TRAINING_METHODS', 'multi_positive_nce', 'ema_update', 'ProjectionEncoder', 'KeyQueue', 'mine_positives',
            'recording_ids', 'ContrastiveConfig', 'ContrastiveMetrics', 'ContrastiveTrainer', 'contrastive_method',
-           'create_method']
+           'create_method', 'train_with_control']
 
 # %% ../../nbs/compare/baselines.ipynb #1588951d
 import copy
 import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,10 +25,13 @@ from accelerate import Accelerator
 from pydantic import BaseModel, Field, ValidationError
 from torch import nn, Tensor
 
+from ..alternation import alternate
 from ..data import TwoStreamDataset
-from ..engine.io import did_you_mean
+from ..engine.io import did_you_mean, disk_errors
+from ..prepare import Store, STREAMS
 from ..prototypes import normalize_rows
-from ..recipe import explain_validation_errors
+from ..recipe import explain_validation_errors, Recipe
+from ..run_dir import init_run_dir, stage_folder
 from ..streams import Stream
 from ..trainer import MethodSpec, StageConfig, Trainer, VICC
 
@@ -317,3 +324,37 @@ def create_method(
     except ValidationError as error:
         raise ValueError(f'method {name}: {explain_validation_errors(error)}') from error
     return replace(method, values=config.model_dump(include=set(method.values)))
+
+# %% ../../nbs/compare/baselines.ipynb #c5680860
+def train_with_control(
+    recipe: Recipe,  # every value
+    store: Store,  # prepared videos
+    folder: str | os.PathLike,  # gets two runs: vicc and alone
+    rows: pd.DataFrame | None = None,  # the videos to train on (`store.select(…)`); None: all
+    streams: Sequence[str] = STREAMS,  # that the control trains
+    accelerator: Accelerator | None = None,  # device, precision, processes; None: what is there
+    log: Callable[[str], None] = print,  # where the line an epoch goes
+) -> dict[str, tuple[str, Path]]:  # title ('random rgb', those of the stages, 'rgb alone') → stream, folder
+    """Train ViCC, and the same stages without a teacher; or go on with both.
+
+    Raises ValueError for a folder that holds other runs, and what alternate raises.
+    """
+    run, control = (Path(folder)/name for name in ('vicc', 'alone'))
+    accelerator = accelerator or Accelerator(mixed_precision=recipe.precision())
+    init_run_dir(recipe, control)  # another run is refused before long work
+    alternate(recipe, store, run, rows, accelerator, log)
+    encoders = {f'random {name}': (name, run/'stages'/'random'/name) for name in STREAMS}
+    for number, stage in enumerate(recipe.plan()):
+        source, target = (stage_folder(each, number, stage) for each in (run, control))
+        encoders[stage.title] = stage.name, source/'stream'
+        if stage.name not in streams: continue
+        if stage.cycle: encoders[f'{stage.name} alone'] = stage.name, target/'stream'
+        elif accelerator.is_main_process and not target.exists():
+            part = target.with_name(f'.{target.name}.part')  # a kill leaves it, never half a stage
+            with disk_errors(target):
+                shutil.rmtree(part, ignore_errors=True)
+                shutil.copytree(source, part)
+                part.rename(target)
+    alternate(recipe, store, control, rows, accelerator, log, train=streams,
+              method=MethodSpec('alone', uses_teacher=False))
+    return encoders

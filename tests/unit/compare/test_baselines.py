@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 from helpers import DEMO, Unplugged, shapes_store, unplug
 from vicc.alternation import alternate
 from vicc.augment import ViewSettings
 from vicc.compare.baselines import (
-    TRAINING_METHODS, ContrastiveTrainer, create_method, multi_positive_nce, recording_ids,
+    TRAINING_METHODS, ContrastiveTrainer, create_method, multi_positive_nce, recording_ids, train_with_control,
 )
 from vicc.data import TwoStreamDataset, collate
 from vicc.manifests import read_manifest
@@ -326,7 +328,7 @@ def test_two_processes_are_one(tmp_path, cpu):
 
 # The whole schedule
 
-def test_methods_run_the_plan(store, cpu, tmp_path):
+def test_methods_run_the_plan(store, cpu, tmp_path, monkeypatch):
     recipe = DEMO.replace(single_epochs_rgb=2, single_epochs_flow=1, cross_epochs=2, cycles=1, cross_freeze_prototypes=0,
                           single_batch_size=8, cross_batch_size=8, num_prototypes=6, projection_dim=8,
                      backbone_options={'width': 4})
@@ -334,7 +336,7 @@ def test_methods_run_the_plan(store, cpu, tmp_path):
     histories = {name: alternate(recipe, store, tmp_path/name,
                                  method=create_method(name,
                                                       **(VALUES if name not in ('vicc', 'swav') else {})),
-                                 train=('rgb', 'flow') if TRAINING_METHODS[name].uses_teacher else ('rgb',),
+                                 train=('rgb',) if name in ('infonce', 'ubernce') else ('rgb', 'flow'),
                                  **quiet) for name in TRAINING_METHODS}
     for name, history in histories.items():
         rgb = history[history.stream == 'rgb']
@@ -354,6 +356,31 @@ def test_methods_run_the_plan(store, cpu, tmp_path):
         alternate(recipe, store, tmp_path/'coclr', method=create_method('coclr'), **quiet)
     with pytest.raises(ValueError, match='coclr teaches each stream by the other'):
         alternate(recipe, store, tmp_path/'no', method=create_method('coclr'), train=('rgb',), **quiet)
+    # the control takes over the single-stream stages, whenever it is killed, and is SwAV's run bit for bit
+    copied = []
+    def stops(source, target):
+        copied.append(source.name)
+        (shutil.copytree(source, target) if len(copied) < 2 else target.mkdir())
+        if len(copied) == 2: raise Unplugged
+    with monkeypatch.context() as patch:
+        patch.setattr('vicc.compare.baselines.shutil', SimpleNamespace(rmtree=shutil.rmtree, copytree=stops))
+        with pytest.raises(Unplugged): train_with_control(recipe, store, tmp_path, **quiet)
+    assert copied == ['00-rgb-1', '01-flow-1']
+    encoders = train_with_control(recipe, store, tmp_path, accelerator=cpu, log=lines.append)
+    assert list(encoders) == ['random rgb', 'random flow', 'rgb-1', 'flow-1', 'rgb-2 cycle 1', 'rgb alone',
+                              'flow-2 cycle 1', 'flow alone']
+    assert len(lines) == 2*2 and all('-2 cycle 1' in line for line in lines)  # no other stage is trained
+    files = list((tmp_path/'swav'/'stages').rglob('*.safetensors'))
+    assert len(files) == 2 + 4
+    for file in files:
+        control = load_file(tmp_path/'alone'/file.relative_to(tmp_path/'swav'))
+        assert all(torch.equal(value, control[key]) for key, value in load_file(file).items())
+    taught, alone = (load_stream(encoders[title][1]).state_dict() for title in ('flow-2 cycle 1', 'flow alone'))
+    assert any(not torch.equal(value, alone[key]) for key, value in taught.items())
+    shutil.rmtree(tmp_path/'vicc')
+    with pytest.raises(ValueError, match='alone holds another run .seed'):
+        train_with_control(recipe.replace(seed=1), store, tmp_path, **quiet)
+    assert not (tmp_path/'vicc').exists()
 
 def test_default_is_the_paper():
     vicc, swav = TRAINING_METHODS['vicc'], TRAINING_METHODS['swav']
@@ -374,7 +401,7 @@ def test_run_baselines_gives_every_method_as_many_trials_and_goes_on(tmp_path):
     from pathlib import Path
     root = Path(__file__).parents[3]
     short = dict(single_epochs_rgb=1, single_epochs_flow=1, cross_epochs=1, cross_freeze_prototypes=0, single_batch_size=8,
-                 cross_batch_size=8)
+                 cross_batch_size=8, backbone_options={'width': 4})
     values = dict(seeds=[0], methods=['vicc', 'coclr'], changes=short, search_changes=short, trials=2,
                   key_queue_length=16, num_train_videos=32, num_test_videos=8, output=str(tmp_path))
     def execute():

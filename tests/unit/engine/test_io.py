@@ -126,6 +126,13 @@ def test_two_videos_that_end_their_worker(shapes, tmp_path, monkeypatch):
     assert 'these were set aside: crash.mp4, hang.mp4' in said[-1]
     assert not list(store.path.rglob('*.part.*'))
 
+def test_script_without_main_guard(tmp_path):
+    "Every worker imports the script that started it, and would start workers of its own: an error, not an endless run."
+    script = tmp_path/'script.py'
+    script.write_text('from vicc.engine.io import WorkerPool\nwith WorkerPool() as pool: list(pool.run({0: (abs, -1)}))\n')
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    assert done.returncode and "__name__ == '__main__'" in done.stderr.splitlines()[-1]
+
 def test_a_second_chance(shapes, tmp_path, monkeypatch):
     "A worker that dies of something else than its video."
     class Unlucky(WorkerPool):
