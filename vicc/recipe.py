@@ -334,7 +334,7 @@ def _scale_by_count(base: Recipe, count: int, gpus: int, base_videos: int) -> di
                            f'and queue: {each:.2g}'),
         'save_every_steps': (every if steps > every else 0,
                              f'an epoch has {steps:,} steps; 0: a checkpoint at the end of each')}
-    if factor != 1: why = f'times {factor:.2g}, the root of {base_videos:,}/{most:,}'
+    if factor != 1: why = f'times {factor:.3g}, the root of {base_videos:,}/{most:,}'
     for name, value in base.model_dump().items():
         if value and re.search('_epochs|_queue_start|_freeze|^patience', name):
             values[name] = max(round(value*factor), 3 if name == 'patience' else 1), why
