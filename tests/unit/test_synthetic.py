@@ -1,12 +1,13 @@
 "The table of moving shapes that lies in data_manifests belongs to the videos that the library draws."
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 
 from vicc.manifests import read_manifest
-from vicc.synthetic import CLASSES, TINTED_CLASSES, ShapesSettings, random_scene, make_moving_shapes, render
+from vicc.synthetic import (
+    BACKGROUND_CLASSES, CLASSES, ShapesSettings, make_moving_shapes, random_scene, render,
+)
 from vicc.video import probe
 
 TABLE = Path(__file__).parents[2]/'data_manifests'/'moving_shapes.csv'
@@ -26,18 +27,21 @@ def test_other_frame_sizes():
         frames = render(random_scene(name, np.random.default_rng(0), settings))
         assert frames.shape == (8, 32, 48, 3) and frames.std() > 5
 
-def test_tint_is_in_the_frames_and_not_in_the_grey_levels():
-    "The second half of a tinted class: seen by RGB alone. The plain set stays as it is."
-    scenes = [random_scene(name, np.random.default_rng(3)) for name in ('rotate', 'rotate red', 'rotate blue')]
-    plain, red, blue = map(render, scenes)
-    assert np.abs(red.astype(int) - blue).max() > 80 and not (plain == red).all()
-    assert np.abs(cv2.cvtColor(red[0], cv2.COLOR_RGB2GRAY).astype(int) - cv2.cvtColor(blue[0], cv2.COLOR_RGB2GRAY)).max() <= 2
-    assert all((one.x == two.x).all() and (one.angle == two.angle).all() for one, two in zip(scenes[0].shapes, scenes[1].shapes))
+def test_patterned_background_moves_faintly_behind_the_same_shapes():
+    "The half that RGB sees at once, and flow badly. Shapes do not know what is behind them."
+    plain, dots, checks = (random_scene(name, np.random.default_rng(3)) for name in ('rotate', 'rotate dots', 'rotate checks'))
+    for scene in (dots, checks):
+        assert all((one.x == two.x).all() and (one.texture == two.texture).all() for one, two in zip(plain.shapes, scene.shapes[1:], strict=True))
+    assert np.abs(render(dots).astype(int) - render(checks)).max() > 80
+    stripes, dots, clouds = (random_scene(f'slide_x {name}', np.random.default_rng(3)).shapes[0] for name in ('stripes', 'dots', 'clouds'))
+    assert 0 < np.abs(np.diff(stripes.x)).max() < .5 and np.ptp(stripes.y) == 0  # pixels a frame; shapes move 2 to 3
+    assert 0 < np.abs(np.diff(dots.y)).max() < .5 and np.ptp(dots.x) == 0
+    assert 0 < np.ptp(clouds.scale) < .1 and (clouds.scale > .9).all()  # and it covers the frame: radius 64
 
-def test_tinted_files_have_their_labels(tmp_path):
-    made = make_moving_shapes(tmp_path, 16, 1, classes=TINTED_CLASSES)
+def test_files_of_backgrounds_have_their_labels(tmp_path):
+    made = make_moving_shapes(tmp_path, 16, 1, classes=BACKGROUND_CLASSES)
     rows = read_manifest(made['train'])
-    assert rows.sort_values('label').class_name.tolist() == list(TINTED_CLASSES)
+    assert rows.sort_values('label').class_name.tolist() == list(BACKGROUND_CLASSES)
     before = made['train'].stat().st_mtime_ns
-    assert make_moving_shapes(tmp_path, 16, 1, classes=TINTED_CLASSES)['train'].stat().st_mtime_ns == before
+    assert make_moving_shapes(tmp_path, 16, 1, classes=BACKGROUND_CLASSES)['train'].stat().st_mtime_ns == before
     assert read_manifest(make_moving_shapes(tmp_path, 16, 1)['train']).class_name.nunique() == 8  # another set is made anew
