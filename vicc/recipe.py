@@ -327,8 +327,8 @@ def _scale_by_count(base: Recipe, count: int, gpus: int, base_videos: int) -> di
         'accumulate': (accumulate, 'a GPU computes at most 48 clips at a time, as in the paper'),
         'sync_batchnorm': (gpus > 1 and share < 16,
                            f'a GPU computes {share} clips of a cross-stream batch at a time (paper: 24)'),
-        'queue_length': (queue, f'batches: {base.queue_length/base.single_batch_size:.3g}, as in the base; at '
-                                'most a quarter of an epoch'),
+        'queue_length': (queue, f'batches: {base.queue_length/base.single_batch_size:.3g}, as in the base; '
+                                'at most a quarter of an epoch'),
         'num_prototypes': (max(2, round(base.num_prototypes*min(count/9537, rows))),
                            f'for each about {9537/base.num_prototypes:.0f} videos or more; clips in batch '
                            f'and queue: {each:.2g}'),
