@@ -29,11 +29,13 @@ from .encoders import check_encoder, drawn_from, evaluate_encoder, load_encoder,
 from .data import TestClips
 from .engine.distributed import has_bf16, Interrupted, rejoin_after_restart
 from .engine.io import CommandParser, import_object, short_repr, write_text
-from .evaluation import chance_recall, evaluate_stream, retrieval_scores
+from .evaluation import chance_recall, evaluate_stream, retrieval_scores, unit_vectors
 from .manifests import check_train_test, number_classes, OverlapWarning, read_manifest
 from .plan import plan_line
 from .prepare import available_cpus, prepare, Store, STREAMS
-from .protocols import video_labels, few_queries_remarks, overlap_remarks
+from vicc.protocols import (
+    few_queries_remarks, neighbour_hits, overlap_remarks, paired_difference, video_labels,
+)
 from .recipe import Recipe
 from .run_dir import check_batches
 from .streams import describe_released, guess_modality, load_stream, Stream, TrainedOn
@@ -188,17 +190,27 @@ def evaluate_loaded(
     seed: int = 0,  # of random weights
     **options: Any,  # size, crop, device, …: see evaluate_stream
 ) -> pd.DataFrame:  # R@k, quick probe (shares 0–1): chance, random weights, streams, both, other encoders
-    "Retrieval and quick probe of streams and other encoders, and retrieval of both streams together."
+    """Retrieval and quick probe of streams and other encoders, and retrieval of both streams together.
+
+    lead: R@1 of a stream minus that of random weights, with its 95 % interval: see paired_difference."""
     sets = next(iter(clips.values()))
-    results, features = {'chance': chance_scores(*sets, ks)}, {}
+    labels, groups = [video_labels(part) for part in sets[::-1]], sets[1].kept_rows().group
+    results, right = {'chance': chance_scores(*sets, ks)}, {}
     for start, own in {'random ': random_streams(streams, seed), '': streams}.items():
+        features = {}
         for name, stream in own.items():
             results[start + name], features[name] = evaluate_stream(stream, name, *clips[name], ks=ks,
                                                                     **options)
+        together = {name: {name: each} for name, each in features.items()}
         if len(own) == 2:
-            known, asked = (video_labels(part) for part in sets)
-            groups = sets[1].kept_rows().group
-            results[f'{start}rgb + flow'] = retrieval_scores(features, asked, known, ks, groups)
+            together['rgb + flow'] = features
+            results[f'{start}rgb + flow'] = retrieval_scores(features, *labels, ks, groups)
+        for name, parts in together.items():
+            vectors = [unit_vectors(part['queries'], part['gallery']) for part in parts.values()]
+            right[start + name] = neighbour_hits(vectors, *labels, (1,))[:, 0]
+    for name in [name for name in right if f'random {name}' in right]:
+        lead = paired_difference(right[name], right[f'random {name}'], groups)
+        results[name] |= dict(zip(('lead', 'lead low', 'lead high'), lead))
     own = {name: options[name] for name in ('cache', 'device', 'workers')}
     for name, encoder in encoders.items():
         results[name], _ = evaluate_encoder(encoder, *clips[name], ks, **own)

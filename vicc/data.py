@@ -7,6 +7,7 @@ __all__ = ['CHANNELS', 'read_clips', 'FrameReader', 'crops_bounding_box', 'Rando
            'training_loader', 'TestClips', 'TestClipsByVideo']
 
 # %% ../nbs/02_data.ipynb #67ea7aa5
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class FrameReader:
                 self.digests[video, stream] = {name: sums[f'{stream}_{name}'] for name in ('bytes', 'sha256')}
         self.numbers = {key: number for number, key in enumerate(self.digests)}
         self.verified = torch.zeros(len(self.numbers), dtype=torch.uint8).share_memory_()  # by all workers
-        size = (rows.num_frames*rows.height*rows.width).sum()*sum(CHANNELS[stream] for stream in streams)
+        size = sum(map(math.prod, self.shapes.values()))*sum(CHANNELS[stream] for stream in streams)
         self.cache: dict[tuple[str, str], np.ndarray] | None = {} if size <= cache_gib*2**30 else None
 
     def verify(self,

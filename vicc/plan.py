@@ -163,7 +163,7 @@ def network_settings(job: Job) -> dict[str, Any]:
 def find_speed(job: Job, kind: str) -> dict[str, Any]: # kind: of stage, 'single' or 'cross'
     "Find how fast stages train, in samples/s of measured rows: value, and slowest with loading."
     (wanted, near), cached, size = step_settings(job, kind), job.cached_gb > 0, job.videos.size
-    flags = '' if wanted['graphs'] else f' --processes {job.processes} --no-graphs'
+    flags = ' --cached'*cached if wanted['graphs'] else f' --processes {job.processes} --no-graphs'
     speed = dict(kind=kind, clips=near['clips'], measured=math.nan, value=math.nan, slowest=math.nan,
                  slower='', source=f'not measured: vicc bench{flags} step epoch')
     epoch = nearest_row(job.rows, near, part='epoch', unit='samples/s', size=size, cached=cached, **wanted)
@@ -334,7 +334,7 @@ def plan_needs(job: Job) -> pd.DataFrame: # what, amount, how it is known
     base = psutil.Process().memory_info().rss/1e9
     checkpoints = f'{recipe.keep_checkpoints} and one being written, and {len(recipe.plan())} saved streams'
     sizes = [('store', *store_gb(job)), ('checkpoints', checkpoint_gb(recipe), checkpoints),
-             ('RAM of a process', base*(1 + readers) + cached, f'roughly: {base:.1f}, as much for each of '
+             ('RAM of a process', base*(1 + readers) + cached, f'at least: {base:.1f}, as much for each of '
               f'{readers} reading processes, frames {cached:.1f}; activations on a CPU come on top'),
              ('/dev/shm of a process', shared_gb(job), 'at most: two batches of whole frames for each '
               'reading process, and one more')]

@@ -330,8 +330,8 @@ def _scale_by_count(base: Recipe, count: int, gpus: int, base_videos: int) -> di
         'queue_length': (queue, f'batches: {base.queue_length/base.single_batch_size:.3g}, as in the base; '
                                 'at most a quarter of an epoch'),
         'num_prototypes': (max(2, round(base.num_prototypes*min(count/9537, rows))),
-                           f'for each about {9537/base.num_prototypes:.0f} videos or more; clips in batch '
-                           f'and queue: {each:.2g}'),
+                           f'that of the base, or fewer: each needs about {9537/base.num_prototypes:.0f} '
+                           f'videos, and {each:.2g} clips of batch and queue'),
         'save_every_steps': (every if steps > every else 0,
                              f'an epoch has {steps:,} steps; 0: a checkpoint at the end of each')}
     if factor != 1: why = f'times {factor:.3g}, the root of {base_videos:,}/{most:,}'

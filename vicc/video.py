@@ -117,8 +117,8 @@ def write_video(
 # %% ../nbs/datasets/video.ipynb #41cdd2f3
 MAX_PIXELS = 2**25  # of one picture: 8K video has 33.2 million
 CONTAINER_FORMATS = (  # FFmpeg's names of containers that hold pictures themselves
-    'mov', 'mp4', 'matroska', 'webm', 'avi', 'mpeg', 'mpegvideo', 'mpegts', 'm4v', 'flv', 'asf', 'ogg', 'h264',
-    'hevc', 'gif')
+    'mov', 'mp4', 'matroska', 'webm', 'avi', 'mpeg', 'mpegvideo', 'mpegts', 'm4v', 'flv', 'asf', 'ogg',
+    'h264', 'hevc', 'gif')
 
 def require_file(
     path: str | os.PathLike,  # a file that must be there

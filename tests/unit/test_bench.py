@@ -75,11 +75,15 @@ def test_the_median_counts_and_rows_hold_what_it_depends_on(monkeypatch):
 def test_all_parts_with_seconds_of_one(one_second, config):
     table = bench.run(config(pairs=3, workers=(0, 2), seconds=6))
     timed = table[table.unit.str.endswith('/s')]
+    prepared, size = timed[timed.part == 'prepare'].iloc[0], table[table.part == 'store'].iloc[0]
+    timed = timed.drop(prepared.name)
+    assert (prepared['name'], prepared.value) == ('farneback', 16*4) and size.unit == 'bytes/frame'  # three pairs, four frames
+    assert 100 < size.value < 48*64*5 and size.settings == prepared.settings and size.settings['frames'] == 16*4
     values = [(f'{row.part} {row.name}', row.value) for row in timed[timed.part != 'epoch'].itertuples()]
     assert values == [*2*[(f'flow {name}', 3) for name in METHODS],
                       ('loader workers 0', 4), ('loader workers 2', 8),  # two rounds of all workers
                       *((f'step small {name}', 2) for name in ('single with views', 'single', 'cross with views', 'cross')),
-                      ('evaluation small in batches', 2*2)]  # 2 videos of 24 frames: clips start at 0 and 15
+                      ('evaluation small in batches', 2*5)]  # 2 videos of 24 frames: clips start at 0, 4, … 16
     assert all({'threads', 'repeats', 'spread'} <= set(settings) and settings['spread'] == 0
                for settings in timed.settings[timed.part != 'epoch'])
     assert [settings['size'] for settings in timed.settings] == ['48×64']*len(METHODS) + ['24×32']*len(METHODS) + ['48×64']*9
@@ -136,7 +140,7 @@ def test_rows_are_written_as_they_come(config, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('words, message', [
-    (['steps', '--recipe', 'demo'], "no part 'steps' (there are flow, loader, step, epoch, evaluation)"),
+    (['steps', '--recipe', 'demo'], "no part 'steps' (there are flow, prepare, loader, step, epoch, evaluation)"),
     (['flow'], '--recipe'), (['--recipe', 'nothing'], 'nothing.yaml does not exist'),
     (['--recipe', 'demo', '--store', 'nowhere'], 'not a finished store'),
     (['--recipe', 'demo', '--set', 'backbone=big'], "'big'"), (['--recipe', 'demo', '--set', 'bakbone=s3d'], 'did you mean backbone?'),

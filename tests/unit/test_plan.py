@@ -301,10 +301,11 @@ def test_rows_of_bench_are_all_that_a_plan_needs(store, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, 'measure', lambda work, repeats, *_, **__: (work(), (.1, dict(repeats=repeats, spread=0.)))[1])
     tiny = DEMO.replace(single_batch_size=4, cross_batch_size=2, accumulate=2)
     config = bench.BenchConfig(tiny, store, repeats=1, cache_gib=math.inf)
-    bench.run(config, ['loader', 'step'], tmp_path/'rows.json')
+    bench.run(config, ['prepare', 'loader', 'step'], tmp_path/'rows.json')
     job = plan.Job(tiny, plan.describe_videos(tiny, store.manifest, origin='the store'), plan.read_rows([tmp_path/'rows.json']))
     single, cross = (plan.find_speed(job, kind) for kind in ('single', 'cross'))
     assert (single['value'], single['slower'], single['measured']) == (40, 'step alone', 2)
+    assert plan.prepare_hours(job, 1)[0] == job.videos.frames/(16*17/.1)/3600  # 16 videos of 17 frames, too
     # a step of two samples takes 0.1 s, and so do two batches of the loader
     assert (cross['value'], cross['slower'], cross['measured']) == (20, 'step', 1) and np.isclose(cross['slowest'], 1/(1/20 + 1/40))
 

@@ -177,7 +177,7 @@ def test_suggestions_are_the_papers_where_the_paper_was(tmp_path):
     assert Recipe.read(tmp_path/'mine.yaml') == one
     assert suggest_recipe(49)[0].single_batch_size == 16
     assert suggest_recipe(20_000, 4, 'k400_s3d')[0].save_every_steps == 0  # 104 steps an epoch, not 1,250
-    assert suggest_recipe(500, 1, 'demo')[1].why.num_prototypes == 'for each about 298 videos or more; clips in batch and queue: 1'
+    assert suggest_recipe(500, 1, 'demo')[1].why.num_prototypes == 'that of the base, or fewer: each needs about 298 videos, and 1 clips of batch and queue'
     for clips in (5000, 20_000, 240_000):  # the same epochs from the recipe for 240,000 as from that for 9,537
         a, b = (suggest_recipe(clips, 4, base)[0] for base in ('ucf101_s3d', 'k400_s3d'))
         assert all(abs(getattr(a, name) - getattr(b, name)) <= 2 for name in ('single_epochs_rgb', 'single_queue_start_flow', 'cross_epochs'))
