@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -57,6 +58,9 @@ def test_command_line(words, tmp_path, capsys):
     table = pd.read_csv(tmp_path/'new'/'folder'/'table.csv', index_col=0)
     assert list(table.index) == ['chance', 'random rgb', 'random flow', 'random rgb + flow', 'rgb', 'flow', 'rgb + flow'] and table['R@1'].between(0, 1).all()
     assert table['quick probe']['chance'] == table['R@1']['chance'] == .125 and (table.loc['random rgb'] != table.loc['rgb']).any()
+    leads = table.dropna(subset='lead')
+    assert list(leads.index) == ['rgb', 'flow', 'rgb + flow'] and leads['lead'].between(leads['lead low'], leads['lead high']).all()
+    for name, row in leads.iterrows(): assert np.isclose(row['lead'], row['R@1'] - table['R@1'][f'random {name}'])
     printed = capsys.readouterr().out.splitlines()
     assert printed[:len(printed)//2] == printed[len(printed)//2:]
     notes = [line.removeprefix('note: ') for line in printed if line.startswith('note: ')]

@@ -65,6 +65,12 @@ def test_kept_frames_and_decoded_ones_are_the_same_bytes(store):
         for stream in STREAMS:
             for view in range(2): assert torch.equal(one[stream][:, view], other[stream][:, view])
 
+def test_a_video_that_is_listed_twice_is_kept_once(store):
+    size = int(store.manifest.num_frames.sum())*48*48*5  # bytes of RGB and flow
+    for gib, kept in ((size/2**30, True), ((size - 1)/2**30, False)):
+        reader = vicc.data.FrameReader(store, store.manifest.iloc[np.arange(40) % 16], cache_gib=gib)
+        assert (reader.cache is not None) == kept
+
 def whole_frames(store, batch, stream, view):
     "What a view sees, as whole frames, and its choices for them."
     frames = []
