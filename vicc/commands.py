@@ -187,16 +187,18 @@ def evaluate_loaded(
     clips: dict[str, Sequence[TestClips]],  # of each: of the gallery and of the queries
     ks: Sequence[int],  # neighbours
     encoders: Mapping[str, VideoEncoder],  # others, with clips under the same names
+    before: Mapping[str, Stream] = {},  # 'rgb', 'flow' or both: streams to compare with, of an earlier stage
     seed: int = 0,  # of random weights
     **options: Any,  # size, crop, device, …: see evaluate_stream
 ) -> pd.DataFrame:  # R@k, quick probe (shares 0–1): chance, random weights, streams, both, other encoders
     """Retrieval and quick probe of streams and other encoders, and retrieval of both streams together.
 
-    lead: R@1 of a stream minus that of random weights, with its 95 % interval: see paired_difference."""
+    lead: R@1 of a stream minus that of the one before, or else of random weights, with its 95 % interval: see
+    paired_difference."""
     sets = next(iter(clips.values()))
     labels, groups = [video_labels(part) for part in sets[::-1]], sets[1].kept_rows().group
     results, right = {'chance': chance_scores(*sets, ks)}, {}
-    for start, own in {'random ': random_streams(streams, seed), '': streams}.items():
+    for start, own in {'random ': random_streams(streams, seed), 'before ': before, '': streams}.items():
         features = {}
         for name, stream in own.items():
             results[start + name], features[name] = evaluate_stream(stream, name, *clips[name], ks=ks,
@@ -208,8 +210,9 @@ def evaluate_loaded(
         for name, parts in together.items():
             vectors = [unit_vectors(part['queries'], part['gallery']) for part in parts.values()]
             right[start + name] = neighbour_hits(vectors, *labels, (1,))[:, 0]
-    for name in [name for name in right if f'random {name}' in right]:
-        lead = paired_difference(right[name], right[f'random {name}'], groups)
+    start = 'before ' if before else 'random '
+    for name in [name for name in right if start + name in right]:
+        lead = paired_difference(right[name], right[start + name], groups)
         results[name] |= dict(zip(('lead', 'lead low', 'lead high'), lead))
     own = {name: options[name] for name in ('cache', 'device', 'workers')}
     for name, encoder in encoders.items():
@@ -258,6 +261,7 @@ def evaluate_files(
 ) -> pd.DataFrame:  # of evaluate_loaded, or of ablate_protocol; with remarks, if any
     "Evaluate saved streams, or audit a file. Raises FileNotFoundError or ValueError before it computes."
     paths, ks = dict(parse_streams(values.streams)), (1, 5, 10, 20, 50)
+    earlier = dict(parse_streams(values.before))
     if len(paths) < len(values.streams) or bool(paths or values.encoder) == bool(values.released):
         raise ValueError('write rgb=PATH and flow=PATH, each at most once, or --encoder module:function, '
                          'or --released FILE')
@@ -269,7 +273,9 @@ def evaluate_files(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         *rows, _ = number_classes(*(store.select(manifest) for manifest in manifests))
-    loaded = {name: load_stream(path, name) for name, path in paths.items()}
+    if set(earlier) - set(paths): raise ValueError('--before has a stream that is not evaluated itself')
+    loaded, before = ({name: load_stream(path, name) for name, path in given.items()}
+                      for given in (paths, earlier))
     encoders = load_encoders(values, recipe)
     names = ([values.modality] if values.modality else STREAMS) if values.released else loaded
     clips = {name: [recipe.test_clips(store, part, name) for part in rows] for name in names}
@@ -286,7 +292,7 @@ def evaluate_files(
                            for name, sets in clips.items()}, names=['read as'])
     else:
         habits = dict(released=recipe.released_habits, seed=recipe.seed)
-        table = evaluate_loaded(loaded, clips, ks, encoders, **habits, **options)
+        table = evaluate_loaded(loaded, clips, ks, encoders, before, **habits, **options)
     return table.assign(remarks='; '.join(remarks)) if remarks else table
 
 def evaluate_command(
@@ -306,6 +312,8 @@ def evaluate_command(
     add('--set', nargs='*', action='extend', default=[], metavar='NAME=VALUE', help='values of the recipe')
     add('--encoder', action='append', default=[], metavar='MODULE:FUNCTION', help='any network: a function '
         'that returns a VideoEncoder, a module or another callable; may be given several times')
+    add('--before', nargs='*', action='extend', default=[], metavar='NAME=PATH', help='streams of an earlier '
+        'stage: "lead" counts from them, not from random weights')
     add('--released', **file, help='a released .pth.tar, read in every way')
     add('--modality', choices=STREAMS, help='what the released file saw; else both are tried')
     add('--output', **file, help='CSV for the table')

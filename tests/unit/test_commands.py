@@ -67,6 +67,9 @@ def test_command_line(words, tmp_path, capsys):
     assert notes == 2*['8 of 8 classes have fewer than 5 test videos: one video moves their share by 20 points or more',
                        'there are only 32 training videos: R@50 count all of them']
     assert set(table.remarks) == {'; '.join(notes[:2])}
+    evaluate_command([*streams, '--before', streams[0], *(word for pair in flags.items() for word in pair)])
+    again = pd.read_csv(tmp_path/'new'/'folder'/'table.csv', index_col=0)
+    assert list(again.index[again.lead.notna()]) == ['rgb'] and again.lead['rgb'] == 0 and again['R@1']['before rgb'] == table['R@1']['rgb']
 
 
 @pytest.mark.parametrize('remark, change', [
@@ -92,7 +95,7 @@ def test_what_the_numbers_cannot_show_is_said(store, shapes, remark, change):
 def test_other_clips_than_the_stream_was_trained_on_are_noted(words, capsys):
     streams, flags = words
     flags = flags | {'--recipe': 'demo'}
-    values = argparse.Namespace(streams=streams[:1], output=None, device='cpu', cache=None, released=None, modality=None, encoder=[], set=['test_step=8'], **{name[2:]: value for name, value in flags.items()})
+    values = argparse.Namespace(streams=streams[:1], output=None, device='cpu', cache=None, released=None, modality=None, encoder=[], before=[], set=['test_step=8'], **{name[2:]: value for name, value in flags.items()})
     values.recipe = os.path.join(os.path.dirname(values.store), 'longer.yaml')
     Recipe.read('demo', clip_length=6).write(values.recipe)
     assert 'rgb was trained on other clips' in evaluate_files(values).remarks.iloc[0]
