@@ -86,10 +86,10 @@ def check_class_names(
         problem = f'{known} {key} is {{}} here, and {other} in {origin}: {cure}'
         _check_rule(differs, both[column], problem, where)
 
-def _fill_in_classes(table: pd.DataFrame, numbered: bool) -> None:
+def _fill_in_classes(table: pd.DataFrame) -> None:
     "Take a missing label or name from other rows of the class; without labels number the sorted names."
     named = table['class_name'] != ''
-    if not numbered:
+    if (table['label'] < 0).all():
         numbers = {name: number for number, name in enumerate(sorted(set(table['class_name'][named])))}
         table['label'] = table['class_name'].map(numbers).fillna(-1).astype(int)
     numbers = table['label'].where(table['label'] >= 0).groupby(table['class_name']).transform('first')
@@ -139,7 +139,7 @@ def check_manifest(
     table = pd.DataFrame(cells | {name: given[name].tolist() for name in others}, given.index)
     problem = '{} is no plain path below the folder of videos: write it relative, with /, without . and ..'
     _check_rule(table['video'].str.contains(ODD_PATH), table['video'], problem, where)
-    _fill_in_classes(table, 'label' in given)
+    _fill_in_classes(table)
     twice, same = table['video'].duplicated(), table.duplicated(['video', 'label', 'group'])
     problem = '{} is there twice, with another label or group: take one of the two out'
     _check_rule(twice & ~same, table['video'], problem, where)

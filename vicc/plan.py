@@ -264,7 +264,9 @@ def prepare_hours(job: Job, cores: int = 0) -> tuple[float, str]: # 0: the job's
     if row is None: return math.nan, f'{method} is not measured'
     hours = job.videos.frames*job.videos.pixels/(row['value']*row['pixels'])/3600
     if device == 'cpu': hours *= max(1, row.get('workers', 1))/cores  # of the processes that measured
-    return hours, f'{"flow alone: "*(row["part"] == "flow")}{row["name"]}, {row["size"]} ({row["source"]})'
+    known = f'{"flow alone: "*(row["part"] == "flow")}{row["name"]}, {row["size"]}'
+    if row['pixels'] != job.videos.pixels: known += ', scaled by pixels'
+    return hours, f'{known} ({row["source"]})'
 
 # %% ../nbs/engine/plan.ipynb #1354e090
 EVALUATION = {'linear probe': 100, 'fine-tuning': 500}  # epochs; batches of 128: vicc.compare.finetune

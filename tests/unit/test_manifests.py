@@ -353,6 +353,8 @@ def test_a_table_is_filled_in():
     assert list(table.columns) == [*manifests.COLUMNS, 'mine'] and list(table.index) == [0, 1, 2, 3]
     assert table.label.tolist() == [-1, -1, 4, 3] and table.class_name.tolist() == ['', '', '4', '3'] and table.fps.tolist() == [25, 0, 0, 29.97]
     manifests.check_manifest(pd.DataFrame({'video': ['a.mp4', 'b.mp4', 'c.mp4'], 'label': [-1, -1, 0], 'class_name': ['', 'run', 'run']}))  # without a label any name will do
+    named = manifests.check_manifest(pd.DataFrame({'video': ['a.mp4', 'b.mp4', 'c.mp4'], 'label': -1, 'class_name': ['walk', '', 'run']}))
+    assert named.label.tolist() == [1, -1, 0]  # names were written into a manifest without labels
 
 
 @pytest.mark.parametrize('text, message', [
