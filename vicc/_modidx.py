@@ -94,6 +94,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'vicc.commands.evaluate_files': ('engine/commands.html#evaluate_files', 'vicc/commands.py'),
                                'vicc.commands.evaluate_loaded': ('engine/commands.html#evaluate_loaded', 'vicc/commands.py'),
                                'vicc.commands.evaluation_remarks': ('engine/commands.html#evaluation_remarks', 'vicc/commands.py'),
+                               'vicc.commands.format_scores': ('engine/commands.html#format_scores', 'vicc/commands.py'),
                                'vicc.commands.import_method': ('engine/commands.html#import_method', 'vicc/commands.py'),
                                'vicc.commands.load_encoders': ('engine/commands.html#load_encoders', 'vicc/commands.py'),
                                'vicc.commands.parse_streams': ('engine/commands.html#parse_streams', 'vicc/commands.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_precision', 'import_method', 'train_from_files', 'train_command', 'evaluation_remarks', 'trained_on_remarks',
            'random_streams', 'chance_scores', 'evaluate_loaded', 'parse_streams', 'check_places', 'load_encoders',
-           'evaluate_files', 'evaluate_command']
+           'evaluate_files', 'format_scores', 'evaluate_command']
 
 # %% ../nbs/engine/commands.ipynb #35f35ff8
 import argparse
@@ -295,6 +295,16 @@ def evaluate_files(
         table = evaluate_loaded(loaded, clips, ks, encoders, before, **habits, **options)
     return table.assign(remarks='; '.join(remarks)) if remarks else table
 
+def format_scores(
+    table: pd.DataFrame,  # shares 0–1, with columns such as 'R@1', 'R@1 low', 'R@1 high'
+) -> str:
+    "Write scores in percent, with their intervals in brackets."
+    shown = (100*table).map('{:.1f}'.format)
+    for name in [column for column in table if f'{column} low' in table]:
+        low, high = (shown.pop(f'{name} {end}') for end in ('low', 'high'))
+        shown[name] += (' (' + low + ' to ' + high + ')').where(table[f'{name} low'].notna(), '')
+    return shown.replace('nan', '').to_string()
+
 def evaluate_command(
     arguments: list[str] | None = None,  # words of the command line; None: those of this process
 ) -> None:
@@ -323,5 +333,5 @@ def evaluate_command(
     with parser.exit_codes(), warnings.catch_warnings():
         warnings.simplefilter('ignore', OverlapWarning)  # it is a note already
         table = evaluate_files(values)
-        print((100*table.drop(columns='remarks', errors='ignore')).round(1).to_string())
+        print(format_scores(table.drop(columns='remarks', errors='ignore')))
         if values.output: write_text(values.output, table.to_csv())
