@@ -225,7 +225,8 @@ def _mark(
     order = {'test': list(TESTS).index, 'encoder': list(encoders).index}
     table = pd.DataFrame(rows).sort_values(['test', 'encoder'], ignore_index=True,
                                            key=lambda column: column.map(order[column.name]))
-    answers = pd.DataFrame(answers).T.rename_axis(['test', 'encoder'])
+    videos = None if groups is None else list(groups)
+    answers = pd.DataFrame(answers, index=videos).T.rename_axis(['test', 'encoder'])
     return table, answers.loc[[*zip(table.test, table.encoder)]]
 
 def exam_on_shapes(
@@ -304,7 +305,7 @@ def exam_on_videos(
     device: str | torch.device = 'cpu',  # where the encoders compute
     flow_method: str = 'farneback',  # see changed_clips
     log: Callable[[str], None] = print,  # says what is left out
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # see exam_on_shapes
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # see exam_on_shapes; answers have the groups as columns
     """Ask encoders about the middle of real videos: arrow, order, speed, still, own first frame.
 
     Videos too short for the fast clip of the longest encoder are left out and counted. Raises VideoError for

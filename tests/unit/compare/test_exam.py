@@ -144,6 +144,7 @@ def test_real_videos(folder):
     assert lines == ['1 of 21 videos have fewer than 13 frames and are left out']
     assert list(dict.fromkeys(table.test)) == list(TESTS[2:]) and score(table, 'order', 'mean frame') == .5 and score(table, 'own first frame', 'mean frame') == 1
     asked = answers.loc['arrow'].iloc[0].notna().to_numpy()
+    assert answers.columns.tolist() == [f'{number//4}' for number in range(20)]
     assert asked.tolist() == [number//4 % 2 == 1 for number in range(20)]  # a group is not divided
     exam_on = partial(exam_on_videos, folder=folder, log=lines.append)
     with pytest.raises(ValueError, match='slow sees flow with stride 2'): exam_on({'slow': VideoEncoder(constant, 3, 2, 32, modality='flow')})
