@@ -128,10 +128,13 @@ def test_lips_from_pictures_and_go_on(tmp_path):
     by = rows.set_index('encoder')
     assert by['word R@1']['raw frames'] == 1 and by['word R@1']['chance'] == by['speaker R@1']['chance'] == .25
     rows[:-1].to_csv(file, index=False)
+    trained, missing = rows.encoder[rows.seed == 0][:-1], [('word', 'rgb-2 cycle 1'), ('speaker', 'random flow')]
+    known = [dict(fold=0, seed=0, encoder=encoder, question=what, epochs=1, accuracy=2.) for what in ('word', 'speaker') for encoder in trained]
+    pd.DataFrame([row for row in known if (row['question'], row['encoder']) not in missing]).to_csv(tmp_path/'run'/'lips_probe.csv', index=False)
     execute({name: value for name, value in values.items() if name != 'cropped'} | dict(probe_epochs=1), tmp_path, 'run_lips')
     assert pd.read_csv(file).iloc[:-1].equals(rows[:-1]) and pd.read_csv(file).encoder.tolist() == rows.encoder.tolist()
     probes = pd.read_csv(tmp_path/'run'/'lips_probe.csv')
-    assert probes.groupby('question').encoder.nunique().to_dict() == dict(word=8, speaker=8) and probes.accuracy.between(0, 1).all()
+    assert len(probes) == 16 and list(zip(probes.question, probes.encoder))[-2:] == missing and probes.accuracy[-2:].between(0, 1).all()
 
 @pytest.mark.timeout(300)
 def test_small_sets_hold_recordings_out_and_go_on(tmp_path):
