@@ -187,15 +187,24 @@ def test_a_recipe_of_before_is_read(tmp_path):
     assert Recipe.read(tmp_path/'old.yaml') == Recipe.read('demo')
     assert Recipe.read(tmp_path/'old.yaml', optimizer='sgd').optimizer == Recipe.read('demo', optimiser='sgd').optimizer == 'sgd'
 
+def test_an_unknown_parameter_is_refused_before_any_work(tmp_path):
+    with pytest.raises(Exception, match='no parameter .*sede.*did you mean seed'): execute(dict(TINY, output=str(tmp_path/'run'), sede=1), tmp_path)
+    assert not (tmp_path/'run'/'store').exists()
+
 @pytest.mark.parametrize('values, words', [
-    (dict(sede=1), 'no parameter .*sede.*did you mean seed'),
     (dict(seed=-1), 'seed is -1, but must be greater'),
     (dict(recipe='nothing'), 'the recipe .*nothing.yaml does not exist'),
     (dict(manifest='nowhere.csv', videos='.'), 'nowhere.csv'),
     (dict(manifest='nowhere.csv'), 'give both manifest and videos'),
-], ids=['unknown key', 'wrong value', 'missing recipe', 'missing manifest', 'manifest without videos'])  # others: engine/recipe
-def test_wrong_parameters_are_refused_before_any_work(values, words, tmp_path):
-    with pytest.raises(Exception, match=words): execute(dict(TINY, output=str(tmp_path/'run'), **values), tmp_path)
+], ids=['wrong value', 'missing recipe', 'missing manifest', 'manifest without videos'])  # others: engine/recipe
+def test_wrong_parameters_are_refused_before_any_work(values, words, tmp_path, monkeypatch):
+    "The first cells run in this process: a kernel takes six seconds to start."
+    monkeypatch.chdir(ROOT)
+    notebook = pm.iorw.load_notebook_node(str(ROOT/'nbs'/'run_pretrain.ipynb'))
+    cells = pm.parameterize.parameterize_notebook(notebook, dict(TINY, output=str(tmp_path/'run'), **values)).cells
+    names = {'In': [cell.source for cell in cells if cell.cell_type == 'code'][:5]}
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        for source in names['In']: exec(source, names)
     assert not (tmp_path/'run'/'store').exists()
 
 @pytest.mark.timeout(300)
