@@ -304,7 +304,7 @@ TO_LOOK_AT = {  # values that the number of videos does not decide, and what to 
     'min_frames': 'frames; shorter videos are left out of the evaluation',
     'clip_stride': 'frames. 2 for slow motion: a clip lasts twice as long',
     'flow_bound': 'pixels a frame. Prepare a few videos: raise it where their notes say that flow is clipped',
-    'workers': 'reading processes for each GPU: about one a core of your machine',
+    'workers': 'reading processes for each GPU: the cores of your machine divided by its GPUs',
     'cache_gib': 'GiB of decoded frames in memory; for small sets: vicc plan says how large they are'}
 
 def _scale_by_count(base: Recipe, count: int, gpus: int, base_videos: int) -> dict[str, tuple[Any, str]]:
