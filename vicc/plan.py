@@ -163,7 +163,7 @@ def network_settings(job: Job) -> dict[str, Any]:
 def find_speed(job: Job, kind: str) -> dict[str, Any]: # kind: of stage, 'single' or 'cross'
     "Find how fast stages train, in samples/s of measured rows: value, and slowest with loading."
     (wanted, near), cached, size = step_settings(job, kind), job.cached_gb > 0, job.videos.size
-    flags = ' --cached'*cached if wanted['graphs'] else f' --processes {job.processes} --no-graphs'
+    flags = ' --cached'*cached + f' --processes {job.processes} --no-graphs'*(not wanted['graphs'])
     speed = dict(kind=kind, clips=near['clips'], measured=math.nan, value=math.nan, slowest=math.nan,
                  slower='', source=f'not measured: vicc bench{flags} step epoch')
     epoch = nearest_row(job.rows, near, part='epoch', unit='samples/s', size=size, cached=cached, **wanted)

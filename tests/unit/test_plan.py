@@ -119,6 +119,7 @@ def test_several_gpus_train_without_graphs_and_what_is_unmeasured_is_said():
     assert math.isnan(plan.find_speed(plan.Job(PAPER, UCF101, [without, dict(epoch, clip='8×32×32')], 'cuda', 4), 'cross')['slowest'])
     unmeasured = plan.find_speed(plan.Job(PAPER, UCF101, [graphs, epoch], 'cuda', 8), 'cross')
     assert math.isnan(unmeasured['value']) and unmeasured['source'].endswith('vicc bench --processes 8 --no-graphs step epoch')
+    assert plan.find_speed(plan.Job(DEMO, SHAPES, []), 'cross')['source'].endswith('vicc bench --cached step epoch')  # kept in memory
 
 
 def test_stored_rows_give_the_hours_of_the_paper():
