@@ -487,6 +487,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vicc.evaluation.nearest_neighbours': ('evaluation.html#nearest_neighbours', 'vicc/evaluation.py'),
                                  'vicc.evaluation.quick_probe': ('evaluation.html#quick_probe', 'vicc/evaluation.py'),
                                  'vicc.evaluation.recall_at_k': ('evaluation.html#recall_at_k', 'vicc/evaluation.py'),
+                                 'vicc.evaluation.retrieval_hits': ('evaluation.html#retrieval_hits', 'vicc/evaluation.py'),
                                  'vicc.evaluation.retrieval_recall': ('evaluation.html#retrieval_recall', 'vicc/evaluation.py'),
                                  'vicc.evaluation.retrieval_scores': ('evaluation.html#retrieval_scores', 'vicc/evaluation.py'),
                                  'vicc.evaluation.unit_vectors': ('evaluation.html#unit_vectors', 'vicc/evaluation.py'),

@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 
-from .data import TestClips, training_loader, TwoStreamDataset
+from .data import training_loader, TwoStreamDataset
 from .engine.fit import fit_epoch
 from .engine.io import CommandParser, write_text
 from .evaluation import extract_features
@@ -287,8 +287,7 @@ def bench_evaluation(config: BenchConfig) -> Iterator[dict[str, Any]]: # clips/s
     recipe, device, workers = config.recipe, config.device, config.workers[-1]
     rows = config.store.manifest  # or so many that the start of the reading processes does not count
     if device != 'cpu': rows = repeat_videos(config.store, max(len(rows), 1000))
-    clips = TestClips(config.store, rows, 'rgb', recipe.clip_length, recipe.test_step, recipe.min_frames, 0,
-                      recipe.clip_stride)
+    clips = recipe.replace(cache_gib=0, test_crop=0).test_clips(config.store, rows, 'rgb')
     encoder = inference_copy(new_streams(recipe)['rgb'].to(device).eval()).features
     kinds = dict(fp16=torch.float16, bf16=torch.bfloat16)
     if (precision := recipe.precision(device)) in kinds:

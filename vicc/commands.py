@@ -29,13 +29,11 @@ from .encoders import check_encoder, drawn_from, evaluate_encoder, load_encoder,
 from .data import TestClips
 from .engine.distributed import has_bf16, Interrupted, rejoin_after_restart
 from .engine.io import CommandParser, import_object, short_repr, write_text
-from .evaluation import chance_recall, evaluate_stream, retrieval_scores, unit_vectors
+from .evaluation import chance_recall, evaluate_stream, retrieval_hits, retrieval_scores
 from .manifests import check_train_test, number_classes, OverlapWarning, read_manifest
 from .plan import plan_line
 from .prepare import available_cpus, prepare, Store, STREAMS
-from vicc.protocols import (
-    few_queries_remarks, neighbour_hits, overlap_remarks, paired_difference, video_labels,
-)
+from .protocols import few_queries_remarks, overlap_remarks, paired_difference, video_labels
 from .recipe import Recipe
 from .run_dir import check_batches
 from .streams import describe_released, guess_modality, load_stream, Stream, TrainedOn
@@ -207,9 +205,7 @@ def evaluate_loaded(
         if len(own) == 2:
             together['rgb + flow'] = features
             results[f'{start}rgb + flow'] = retrieval_scores(features, *labels, ks, groups)
-        for name, parts in together.items():
-            vectors = [unit_vectors(part['queries'], part['gallery']) for part in parts.values()]
-            right[start + name] = neighbour_hits(vectors, *labels, (1,))[:, 0]
+        right |= {start + name: retrieval_hits(parts, *labels)[:, 0] for name, parts in together.items()}
     start = 'before ' if before else 'random '
     for name in [name for name in right if start + name in right]:
         lead = paired_difference(right[name], right[start + name], groups)

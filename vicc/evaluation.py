@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROBE_GRID', 'unit_vectors', 'cosine_similarity', 'nearest_neighbours', 'recall_at_k', 'retrieval_recall',
-           'chance_recall', 'extract_features', 'video_features', 'quick_probe', 'cached_features', 'retrieval_scores',
-           'evaluate_features', 'evaluate_stream', 'video_assignments']
+           'chance_recall', 'extract_features', 'video_features', 'quick_probe', 'cached_features', 'retrieval_hits',
+           'retrieval_scores', 'evaluate_features', 'evaluate_stream', 'video_assignments']
 
 # %% ../nbs/09_evaluation.ipynb #ceb8cf6d
 import math
@@ -251,6 +251,16 @@ def cached_features(
     return cached_chunks(cache, key, chunk_ranges(clips, chunk_clips),
                          lambda chunk: extract_features(encoder, clips, numbers=chunk, **options))
 
+def retrieval_hits(
+    features: dict[str, dict[str, Tensor]],  # one stream or both: 'gallery' [G, F] and 'queries' [Q, F]
+    query_labels: Tensor,  # int [Q]
+    gallery_labels: Tensor,  # int [G]
+    ks: Sequence[int] = (1,),  # neighbours
+) -> Tensor:  # bool [Q, len(ks)]
+    "Whether the class is among the k nearest neighbours, by the sum of the streams' cosines."
+    sets = [unit_vectors(stream['queries'], stream['gallery']) for stream in features.values()]
+    return neighbour_hits(sets, query_labels, gallery_labels, ks)
+
 def retrieval_scores(
     features: dict[str, dict[str, Tensor]],  # one stream or both: 'gallery' [G, F] and 'queries' [Q, F]
     query_labels: Tensor,  # int [Q]
@@ -259,8 +269,7 @@ def retrieval_scores(
     groups: Sequence[str] | None = None,  # [Q] recordings of the queries, for the interval
 ) -> dict[str, float]:  # 'R@1', 'R@1 low', 'R@1 high', 'R@5', …: 0–1
     "R@k by the sum of the streams' cosines, and the 95 % interval of R@1. Source: ViCC, section 4."
-    sets = [unit_vectors(stream['queries'], stream['gallery']) for stream in features.values()]
-    hits, scores = neighbour_hits(sets, query_labels, gallery_labels, ks), {}
+    hits, scores = retrieval_hits(features, query_labels, gallery_labels, ks), {}
     for k, right in zip(ks, hits.T):
         share = {f'R@{k}': right.double().mean().item()}
         scores |= share_with_interval('R@1', right, groups) if k == 1 else share
