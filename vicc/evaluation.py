@@ -252,7 +252,7 @@ def cached_features(
                          lambda chunk: extract_features(encoder, clips, numbers=chunk, **options))
 
 def retrieval_hits(
-    features: dict[str, dict[str, Tensor]],  # one stream or both: 'gallery' [G, F] and 'queries' [Q, F]
+    features: dict[str, dict[str, Tensor]],  # see retrieval_scores
     query_labels: Tensor,  # int [Q]
     gallery_labels: Tensor,  # int [G]
     ks: Sequence[int] = (1,),  # neighbours
